@@ -1,1 +1,1 @@
-""""""
+"""The console script ``dit-qat``: parse, call, print."""

@@ -1,0 +1,132 @@
+"""Conversion of diffusers' ``DiTTransformer2DModel``, which has names and groupings of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_qat.dit.models.dit import DiT
+
+__all__ = ["dit_from_diffusers"]
+
+# Names in a block of ours -> names in a block of diffusers.
+_BLOCK_LAYERS = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
+_OUTER_LAYERS = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+_EMBEDDERS = {
+    "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.0.bias": "timestep_embedder.linear_1.bias",
+    "t_embedder.mlp.2.weight": "timestep_embedder.linear_2.weight",
+    "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
+    "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
+}
+# What the conversion takes for granted; diffusers' classes can be configured otherwise.
+_REQUIRED = {
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+    "attention_bias": True,
+}
+
+
+def dit_from_diffusers(
+    model_or_state_dict: nn.Module | Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+) -> DiT:
+    """Build a DiT with the same outputs as a ``DiTTransformer2DModel``.
+
+    Args:
+        model_or_state_dict: The diffusers model or its state dict.
+        config: Its configuration; by default the model's own.
+
+    Returns:
+        A float32 DiT on the CPU with diffusers' timestep frequencies and norm epsilon.
+
+    Raises:
+        ValueError: If the configuration is missing or of another kind of model, weights are
+            missing, or the embedders, of which diffusers keeps a copy per block, differ.
+    """
+    if isinstance(model_or_state_dict, nn.Module):
+        state: Mapping[str, Tensor] = model_or_state_dict.state_dict()
+        config = getattr(model_or_state_dict, "config", None) if config is None else config
+    else:
+        state = model_or_state_dict
+    if config is None:
+        raise ValueError("a state dict does not tell the number of heads: pass diffusers' config")
+    model = DiT(**_arguments(config))
+    weights: dict[str, Tensor] = {"pos_embed": model.pos_embed}
+    try:
+        weights |= _renamed(state, model.depth)
+    except KeyError as error:
+        raise ValueError(
+            f"the weights lack {error}; they are not those of a DiTTransformer2DModel "
+            f"with num_layers={model.depth}"
+        ) from error
+    model.load_state_dict(weights)
+    return model
+
+
+def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    for name, required in _REQUIRED.items():
+        if config.get(name, required) != required:
+            raise ValueError(
+                f"diffusers' {name}={config[name]!r} has no counterpart here; only models with "
+                f"{name}={required!r} can be converted"
+            )
+    channels, heads = config["in_channels"], config["num_attention_heads"]
+    out_channels = config.get("out_channels") or channels
+    if out_channels not in (channels, 2 * channels):
+        raise ValueError(
+            f"out_channels={out_channels} is neither in_channels={channels} (noise) nor twice "
+            "that (noise and variance)"
+        )
+    return {
+        "input_size": config["sample_size"],
+        "patch_size": config["patch_size"],
+        "in_channels": channels,
+        "hidden_size": heads * config["attention_head_dim"],
+        "depth": config["num_layers"],
+        "num_heads": heads,
+        "num_classes": config["num_embeds_ada_norm"],
+        "learn_sigma": out_channels == 2 * channels,
+        "timestep_shift": 1,
+        "norm2_eps": config.get("norm_eps", 1e-5),
+    }
+
+
+def _renamed(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    weights = _shared_embedders(state, depth)
+    for kind in ("weight", "bias"):
+        for ours, theirs in _OUTER_LAYERS.items():
+            weights[f"{ours}.{kind}"] = state[f"{theirs}.{kind}"]
+        for i in range(depth):
+            prefix = f"transformer_blocks.{i}"
+            qkv = [state[f"{prefix}.attn1.to_{part}.{kind}"] for part in "qkv"]
+            weights[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(qkv)
+            for ours, theirs in _BLOCK_LAYERS.items():
+                weights[f"blocks.{i}.{ours}.{kind}"] = state[f"{prefix}.{theirs}.{kind}"]
+    return weights
+
+
+def _shared_embedders(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Return the first block's embedders, after a check that every block has the same."""
+    weights = {}
+    for ours, theirs in _EMBEDDERS.items():
+        copies = [state[f"transformer_blocks.{i}.norm1.emb.{theirs}"] for i in range(depth)]
+        for i, copy in enumerate(copies):
+            if not torch.equal(copy, copies[0]):
+                raise ValueError(
+                    f"transformer_blocks.{i}.norm1.emb.{theirs} differs from block 0's; a DiT has "
+                    "one embedder for all blocks, so this model cannot be converted"
+                )
+        weights[ours] = copies[0]
+    return weights

@@ -1,0 +1,126 @@
+"""What one watches during training: sample grids, quantizer statistics, throughput."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ThroughputMonitor
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from dit_qat.dit.evaluation.images import image_grid, save_png
+from dit_qat.dit.models import DiT
+from dit_qat.dit.sampling import SamplerConfig, sample_images, to_uint8
+from dit_qat.dit.training.ema import EMA
+from dit_qat.layers import QuantLinear
+from dit_qat.layers.statistics import layer_statistics
+
+__all__ = ["QuantStatistics", "SampleGrids", "Throughput"]
+
+
+class SampleGrids(pl.Callback):
+    """Sample a grid on EMA weights with fixed seeds, to ``<root>/samples`` and TensorBoard.
+
+    Args:
+        every_n_steps: Optimizer steps between grids; 0 for none.
+        count: Images in the grid; labels count up through the classes.
+        columns: Images per row.
+        sampler: How to sample.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 0,
+        count: int = 50,
+        columns: int = 10,
+        sampler: SamplerConfig | None = None,
+    ) -> None:
+        self.every_n_steps = every_n_steps
+        self.count = count
+        self.columns = columns
+        self.sampler = SamplerConfig(batch_size=count) if sampler is None else sampler
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        """Draw a grid when due, on rank zero."""
+        step = trainer.global_step
+        boundary = (args[-1] + 1) % trainer.accumulate_grad_batches == 0
+        if not self.every_n_steps or step % self.every_n_steps or not boundary:
+            return
+        if trainer.is_global_zero:
+            self._draw(trainer, _ema_network(trainer, pl_module), step)
+
+    def _draw(self, trainer: pl.Trainer, network: DiT, step: int) -> None:
+        batches = sample_images(network, self.sampler, range(self.count))
+        images = to_uint8(torch.cat([images for _, images in batches]))
+        grid = image_grid(images, self.columns, scale=max(1, 32 // images.shape[-1]))
+        folder = Path(trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_png(folder / f"step_{step:07d}.png", grid)
+        if isinstance(trainer.logger, TensorBoardLogger):
+            layout = "HW" if grid.ndim == 2 else "HWC"
+            trainer.logger.experiment.add_image("samples", grid, step, dataformats=layout)
+
+
+class QuantStatistics(pl.Callback):
+    """Log clip rate, zero fraction and errors of every quantized layer on a training batch.
+
+    Args:
+        every_n_steps: Optimizer steps between measurements; 0 for none.
+    """
+
+    def __init__(self, every_n_steps: int = 0) -> None:
+        self.every_n_steps = every_n_steps
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._measured: dict[str, dict[str, float]] = {}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        """Listen in on the layers for the step that is due."""
+        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        if due and not trainer.fit_loop._should_accumulate():
+            for name, module in pl_module.network.named_modules():
+                if isinstance(module, QuantLinear):
+                    self._handles.append(module.register_forward_pre_hook(self._listener(name)))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        """Log what was heard."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._measured:
+            values = {
+                f"quant/{layer}/{name}": value
+                for layer, numbers in self._measured.items()
+                for name, value in numbers.items()
+            }
+            for name in ("clip_rate", "zero_fraction", "output_error"):
+                column = [numbers[name] for numbers in self._measured.values()]
+                values[f"quant/mean_{name}"] = sum(column) / len(column)
+            pl_module.log_dict(values)
+        self._measured = {}
+
+    def _listener(self, name: str) -> Any:
+        def listen(layer: QuantLinear, inputs: tuple[Tensor, ...]) -> None:
+            self._measured[name] = asdict(layer_statistics(layer, inputs[0].detach()))
+
+        return listen
+
+
+class Throughput(ThroughputMonitor):
+    """Lightning's throughput monitor, counting images.
+
+    Args:
+        window_size: Batches averaged over.
+    """
+
+    def __init__(self, window_size: int = 50) -> None:
+        super().__init__(batch_size_fn=lambda batch: int(batch[0].shape[0]), window_size=window_size)
+
+
+def _ema_network(trainer: pl.Trainer, pl_module: Any) -> DiT:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EMA) and callback.averaged is not None:
+            return callback.averaged.network
+    network: DiT = pl_module.network
+    return network

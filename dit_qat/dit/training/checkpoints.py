@@ -1,0 +1,140 @@
+"""Checkpoints that survive: written whole or not at all, at step boundaries, and on signals."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+
+__all__ = ["AtomicCheckpointIO", "Checkpoints", "last_checkpoint"]
+
+
+def last_checkpoint(root: Path) -> Path:
+    """Where a run in ``root`` keeps its latest checkpoint."""
+    return root / "checkpoints" / "last.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write to a temporary name, flush to disk, rename; load tensors and plain types only."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Replace ``path`` by the new checkpoint in one step.
+
+        Raises:
+            OSError: if the file cannot be written; the previous checkpoint is untouched.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"could not write {target} ({error}); free space or choose another "
+                "trainer.default_root_dir; the previous checkpoint, if any, is untouched"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Any = None,
+        weights_only: bool | None = True,
+    ) -> dict[str, Any]:
+        """Load with ``weights_only=True``, whatever the caller asks for."""
+        loaded: dict[str, Any] = torch.load(
+            path, map_location=map_location or "cpu", weights_only=True
+        )
+        return loaded
+
+
+class Checkpoints(Checkpoint):
+    """Keep ``<root>/checkpoints/last.ckpt`` (and numbered ones if asked) at step boundaries.
+
+    SIGINT and SIGTERM end the run after the step in flight and leave a checkpoint of it; a second
+    SIGINT stops at once.
+
+    Args:
+        every_n_steps: Optimizer steps between checkpoints.
+        keep_every_n_steps: Steps between checkpoints that are kept under their own name; 0 for none.
+
+    Raises:
+        ValueError: for an interval below 1.
+    """
+
+    def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int = 0) -> None:
+        super().__init__()
+        if every_n_steps < 1 or keep_every_n_steps < 0:
+            raise ValueError(
+                f"checkpoints.every_n_steps={every_n_steps} must be at least 1, and "
+                f"keep_every_n_steps={keep_every_n_steps} must not be negative"
+            )
+        self.every_n_steps = every_n_steps
+        self.keep_every_n_steps = keep_every_n_steps
+        self.stopped_by: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the atomic writer in place."""
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take over the two signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """At a step boundary: save when due, and stop when a signal asked for it."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # in the middle of an accumulated step, which a resumed run could not finish
+        step, kept = trainer.global_step, self.keep_every_n_steps
+        ending = self.stopped_by is not None or step == trainer.max_steps
+        path = last_checkpoint(Path(trainer.default_root_dir))
+        if ending or step % self.every_n_steps == 0:
+            trainer.save_checkpoint(path)
+        if kept and step % kept == 0:
+            trainer.save_checkpoint(path.with_name(f"step_{step:07d}.ckpt"))
+        trainer.should_stop = trainer.should_stop or self.stopped_by is not None
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._restore_signals()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Give the signals back; what is on disk stays as it is."""
+        self._restore_signals()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped_by is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stopped_by = signal.Signals(number)
+        rank_zero_info(f"{self.stopped_by.name}: stopping after this step")
+
+    def _restore_signals(self) -> None:
+        handlers: dict[signal.Signals, Callable[..., Any] | int] = self._previous
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        self._previous = {}

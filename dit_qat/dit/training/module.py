@@ -1,0 +1,211 @@
+"""The Lightning module: a DiT, quantized in the constructor, trained by the DiT recipe."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from dit_qat.dit.diffusion import NoiseSchedule, diffusion_loss
+from dit_qat.dit.methods import Method
+from dit_qat.dit.models import DiT, load_dit, load_weights_
+from dit_qat.dit.randomness import derive_seed, generator_for
+from dit_qat.dit.training.optimizer import OptimizerConfig, learning_rate_factor, parameter_groups
+from dit_qat.dit.training.specs import build, spec_of
+from dit_qat.layers import quantize_
+
+__all__ = ["DiTTraining", "NonFiniteLossError"]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss became NaN or infinite."""
+
+
+class DiTTraining(pl.LightningModule):
+    """Train a DiT, float or quantized; every random draw is a function of seed and step.
+
+    Batches are ``(images, labels)``, images (N, C, H, W) in model space; labels are ignored by an
+    unconditional network.
+
+    Args:
+        network: The float architecture; quantized here, in place, by ``method``.
+        method: Quantization-aware method; None trains the float network.
+        float_weights: Embedded name, file or hub id of float weights; None keeps the random start.
+        optimizer: AdamW's learning rates, warm-up and decay.
+        distillation: Weight of the squared distance to the float teacher's noise; None: the method's.
+        label_dropout: Share of labels replaced by the null class; None: the network's.
+        seed: Seed of noise, timesteps, label dropout and data order.
+        compile: Compile the network (its parameter names stay).
+        gradient_checkpointing: Recompute each block in backward.
+        fresh_start: False when a checkpoint will supply the values: ``float_weights`` is not read.
+
+    Raises:
+        ValueError: for settings that do not fit together, or a layer that the method cannot
+            quantize; errors of :func:`~dit_qat.dit.models.load_dit` for the weights.
+    """
+
+    def __init__(
+        self,
+        network: DiT,
+        method: Method | None = None,
+        float_weights: str | None = None,
+        optimizer: OptimizerConfig | None = None,
+        distillation: float | None = None,
+        label_dropout: float | None = None,
+        seed: int = 0,
+        compile: bool = False,
+        gradient_checkpointing: bool = False,
+        fresh_start: bool = True,
+    ) -> None:
+        super().__init__()
+        # A checkpoint holds specifications of plain types in place of objects.
+        network = build(network, DiT) if isinstance(network, Mapping) else network
+        method = build(method, Method) if isinstance(method, Mapping) else method
+        if isinstance(optimizer, Mapping):
+            optimizer = OptimizerConfig(**optimizer)
+        optimizer = OptimizerConfig() if optimizer is None else optimizer
+        self._keep_hyperparameters(locals())
+        self.seed = seed
+        self.optimizer_config = optimizer
+        self.float_weights = float_weights
+        method_distillation = method.distillation if method is not None else 0.0
+        self.distillation = method_distillation if distillation is None else distillation
+        if self.distillation and float_weights is None:
+            raise ValueError(
+                f"distillation={self.distillation} needs a teacher; set model.float_weights"
+            )
+        dropout = network.class_dropout_prob if label_dropout is None else label_dropout
+        self.label_dropout = dropout if network.num_classes else 0.0
+        self.schedule = NoiseSchedule()
+        self._teacher: tuple[DiT, ...] = ()
+        if fresh_start and float_weights is not None:
+            load_weights_(network, float_weights)
+        if method is not None:
+            quantize_(network, method.quant_config(), initialize=fresh_start)
+        network.gradient_checkpointing = gradient_checkpointing
+        self.network = network
+        if compile:
+            self.network.compile()
+
+    def _keep_hyperparameters(self, arguments: dict[str, Any]) -> None:
+        plain = {
+            "network": spec_of(arguments["network"]),
+            "method": None if arguments["method"] is None else spec_of(arguments["method"]),
+            "optimizer": arguments["optimizer"].as_dict(),
+            "fresh_start": False,
+        }
+        kept = (
+            "float_weights",
+            "distillation",
+            "label_dropout",
+            "seed",
+            "compile",
+            "gradient_checkpointing",
+        )
+        self.save_hyperparameters(plain | {name: arguments[name] for name in kept})
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """The network's prediction (see :meth:`DiT.forward`)."""
+        result: Tensor = self.network(x, t, y)
+        return result
+
+    def on_fit_start(self) -> None:
+        """Load the teacher, outside the registered modules: checkpoints and EMA do not see it."""
+        if self.distillation and self.float_weights is not None and not self._teacher:
+            teacher = load_dit(self.float_weights).eval().requires_grad_(False)
+            self._teacher = (teacher.to(self.device),)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make whatever else draws random numbers (dropout of a custom network) depend on the step."""
+        torch.manual_seed(derive_seed(self.seed, "step", *self._position(batch_idx)))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """DiT's loss, plus the distance to the teacher."""
+        x_0, labels = batch
+        generator = generator_for(
+            self.seed, "train", *self._position(batch_idx), device=self.device
+        )
+        total, logged = self._loss(x_0, labels, generator, self.label_dropout)
+        if not torch.isfinite(total):
+            raise NonFiniteLossError(
+                f"the loss is {total.item()} at step {self.global_step}; lower the learning rates "
+                "(model.optimizer), lengthen the warm-up or clip gradients "
+                "(trainer.gradient_clip_val); the last checkpoint is from before this step"
+            )
+        self.log("train/loss", total, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in logged.items()})
+        return total
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """The training loss on fixed noise and timesteps."""
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """The training loss on fixed noise and timesteps."""
+        self._evaluate(batch, batch_idx, "test")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], batch_idx: int, stage: str) -> None:
+        x_0, labels = batch
+        generator = generator_for(self.seed, stage, batch_idx, device=self.device)
+        total, logged = self._loss(x_0, labels, generator, label_dropout=0.0)
+        values = {"loss": total, **logged}
+        self.log_dict(
+            {f"{stage}/{name}": value for name, value in values.items()},
+            batch_size=x_0.shape[0],
+            prog_bar=True,
+            sync_dist=True,
+        )
+
+    def _loss(
+        self, x_0: Tensor, labels: Tensor, generator: torch.Generator, label_dropout: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        count = x_0.shape[0]
+        draw: dict[str, Any] = {"generator": generator, "device": x_0.device}
+        t = torch.randint(0, self.schedule.steps, (count,), **draw)
+        noise = torch.randn(x_0.shape, **draw)
+        y: Tensor | None = None
+        if self.network.num_classes:
+            y = labels
+            if label_dropout:
+                dropped = torch.rand(count, **draw) < label_dropout
+                y = torch.where(dropped, self.network.null_class, labels)
+        x_t = self.schedule.add_noise(x_0, noise, t)
+        output = self(x_t, t, y)
+        loss = diffusion_loss(output, x_0, x_t, noise, t, self.schedule)
+        total = loss.total.mean()
+        logged = {"mse": loss.mse.mean().detach(), "vb": loss.vb.mean().detach()}
+        for teacher in self._teacher:
+            channels = x_0.shape[1]
+            with torch.no_grad():
+                target = teacher(x_t, t, y)[:, :channels].float()
+            distance = (output[:, :channels].float() - target).square().mean()
+            total = total + self.distillation * distance
+            logged["teacher"] = distance.detach()
+        return total, logged
+
+    def _position(self, batch_idx: int) -> tuple[int, int]:
+        """Optimizer step and micro-batch within it."""
+        return self.global_step, batch_idx % self.trainer.accumulate_grad_batches
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with a learning rate per kind of parameter, warm-up and decay by step."""
+        config, steps = self.optimizer_config, self.trainer.max_steps
+        if steps < 0:
+            raise ValueError(
+                f"trainer.max_steps={steps}: dit_qat counts optimizer steps, not epochs; "
+                "set trainer.max_steps"
+            )
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.network, config),
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, steps, config)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
