@@ -32,12 +32,12 @@ BLOCK = 128
 def candidates(width: int, outputs: int, tokens: int, dtype: torch.dtype, compiled: bool) -> Any:
     x = torch.randn(tokens, width).to(dtype)
     weight = torch.randn(outputs, width).to(dtype)
-    dense = (hadamard_matrix(width, torch.float64) * width**-0.5).to(dtype)
+    dense = (hadamard_matrix(width, torch.float64).T * width**-0.5).to(dtype).contiguous()
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "factored": hadamard_transform,
         "factored and signs": Rotation(width).apply,
         f"blocks of {BLOCK}": Rotation(width, seed=None, block_size=BLOCK).apply,
-        "dense": lambda x: x @ dense,
+        "dense": lambda x: linear(x, dense),
     }
     if compiled:
         functions = {name: torch.compile(f, dynamic=False) for name, f in functions.items()}

@@ -1,12 +1,23 @@
 """``dit-qat fit | validate | test``: LightningCLI with our module, callbacks and defaults."""
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from dit_qat.cli.checkpoint import check_fits, step_of
+from dit_qat.cli.output import write_json
+from dit_qat.cli.quiet import silence_worker_advice
+from dit_qat.dit.data import Digits
 from dit_qat.dit.training import (
     EMA,
     Checkpoints,
@@ -18,6 +29,8 @@ from dit_qat.dit.training import (
 from dit_qat.dit.training.runs import claim_folder, resume_path
 
 __all__ = ["TrainingCLI", "run_training"]
+
+_SEED_LIMIT = 2**32
 
 
 class SaveConfig(SaveConfigCallback):
@@ -33,6 +46,12 @@ class SaveConfig(SaveConfigCallback):
 class TrainingCLI(LightningCLI):
     """Lightning's command line, with the run's folder guarded and resuming made explicit."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's verbs without ``predict``: ``dit-qat sample`` draws."""
+        verbs = LightningCLI.subcommands()
+        return {verb: verbs[verb] for verb in ("fit", "validate", "test")}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add our callbacks under short keys, and ``--overwrite``."""
         parser.add_lightning_class_args(EMA, "ema")
@@ -43,23 +62,44 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="Replace the results of an earlier run."
         )
-        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=_run_seed)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, without Lightning's warning that a program's own arguments are ignored."""
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     def _parse_ckpt_path(self) -> None:
         """Keep Lightning from merging a checkpoint's hyper-parameters over the user's file."""
 
     def before_instantiate_classes(self) -> None:
-        """Resolve ``--ckpt_path``; refuse to write over results, before any work."""
+        """Resolve ``--ckpt_path``; refuse to write over results."""
         config = self.config[self.subcommand]
         root = Path(config.trainer.default_root_dir)
+        inside = False
         if config.ckpt_path is not None:
-            config.ckpt_path = str(resume_path(config.ckpt_path, root))
+            path = resume_path(config.ckpt_path, root)
+            inside = root.resolve() in path.resolve().parents
+            config.ckpt_path = str(path)
+            config.weights_only = True
             config.model.fresh_start = False
-        elif self.subcommand == "fit":
-            claim_folder(root, config.overwrite)
+        self.starts_anew = self.subcommand == "fit" and not inside
+        if self.starts_anew and not config.overwrite:
+            claim_folder(root, overwrite=False)
+
+    def instantiate_classes(self) -> None:
+        """Build everything; only when that went well, old results make room for new ones."""
+        super().instantiate_classes()
+        if isinstance(self.datamodule, Digits):
+            silence_worker_advice()
+        config = self.config[self.subcommand]
+        if config.ckpt_path is not None:
+            check_fits(Path(config.ckpt_path), self.model.hparams)
+        if self.starts_anew and config.overwrite:
+            claim_folder(Path(config.trainer.default_root_dir), overwrite=True)
+        self.started = time.perf_counter()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Log to TensorBoard in the run's folder unless the configuration says otherwise."""
+        """Log to TensorBoard in the run's folder by default; leave EMA out if it is not wanted."""
         config = self.config_init[self.subcommand].trainer
         if config.logger in (None, True):
             kwargs["logger"] = (
@@ -67,11 +107,47 @@ class TrainingCLI(LightningCLI):
                 if self.subcommand == "fit"
                 else False
             )
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks = [  # type: ignore[attr-defined]
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if not isinstance(callback, EMA) or callback.enabled
+        ]
+        return trainer
+
+    def after_fit(self) -> None:
+        """Write metrics.json, without those of an older checkpoint."""
+        self._write_metrics({})
+
+    def after_validate(self) -> None:
+        """Add to metrics.json."""
+        self._write_metrics(_read_metrics(self._metrics_path))
+
+    def after_test(self) -> None:
+        """Add to metrics.json."""
+        self._write_metrics(_read_metrics(self._metrics_path))
+
+    @property
+    def _metrics_path(self) -> Path:
+        return Path(self.trainer.default_root_dir) / "metrics.json"
+
+    def _write_metrics(self, others: dict[str, Any]) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        ckpt_path = self.config[self.subcommand].ckpt_path
+        own = {
+            "checkpoint": ckpt_path,
+            "step": self.trainer.global_step if self.subcommand == "fit" else step_of(ckpt_path),
+            "seconds": time.perf_counter() - self.started,
+            "metrics": {name: float(v) for name, v in self.trainer.callback_metrics.items()},
+        }
+        write_json(self._metrics_path, others | {str(self.subcommand): own})
 
 
 def run_training(arguments: list[str]) -> int:
     """Run a training verb; return the exit code (128 + signal when one ended the run)."""
+    parser_kwargs: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+    verbs = {verb: dict(parser_kwargs) for verb in TrainingCLI.subcommands()}
     cli = TrainingCLI(
         DiTTraining,
         pl.LightningDataModule,
@@ -84,7 +160,7 @@ def run_training(arguments: list[str]) -> int:
             "check_val_every_n_epoch": None,
             "log_every_n_steps": 10,
         },
-        parser_kwargs={"prog": "dit-qat", "allow_abbrev": False},
+        parser_kwargs={"prog": "dit-qat", **parser_kwargs, **verbs},
         load_from_checkpoint_support=False,
         auto_configure_optimizers=False,
         args=arguments,
@@ -97,3 +173,20 @@ def run_training(arguments: list[str]) -> int:
             )
             return 128 + callback.stopped_by
     return 0
+
+
+def _run_seed(seed: bool | int) -> int:
+    """The seed of our own draws: true and false, which leave Lightning's global one open, are 0.
+
+    Raises:
+        ValueError: for a seed that Lightning would replace by another.
+    """
+    if isinstance(seed, bool):
+        return 0
+    if not 0 <= seed < _SEED_LIMIT:
+        raise ValueError(f"seed_everything={seed} is outside 0..{_SEED_LIMIT - 1}")
+    return seed
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}

@@ -1,1 +1,1 @@
-""""""
+"""Application 1: diffusion transformers."""

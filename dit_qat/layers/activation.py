@@ -1,8 +1,8 @@
 """Activation quantizers: per token, dynamic, nothing learned and nothing calibrated.
 
 A quantizer is a frozen value: changing a layer's bits means giving it another one. All of them
-share one form, ``x ~ level * step + low`` with a ``step`` (and perhaps a ``low``) per token, so that
-a matrix product can run on the small integers ``level`` and be scaled once.
+share one form, ``x ~ level * step + low`` with a ``step`` (and perhaps a ``low``) per token, so
+that a matrix product can run on the small numbers ``level`` and be scaled once.
 """
 
 from abc import ABC, abstractmethod
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dit_qat.primitives.formats import UniformGrid
 from dit_qat.primitives.gaussian import gaussian_step
-from dit_qat.primitives.scales import absmax, absmean, min_max, rms, safe
+from dit_qat.primitives.scales import absmax, absmean, min_max, rms, safe, widen
 from dit_qat.primitives.ste import clip_mask, straight_through
-from dit_qat.primitives.uniform import affine_step, encode, outer_edges
+from dit_qat.primitives.uniform import affine_step, outer_edges, round_codes_, standardize
 
 __all__ = [
     "AbsMaxQuantizer",
@@ -67,29 +67,38 @@ class ActivationQuantizer(ABC):
 
     @abstractmethod
     def step_and_low(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Per-token step and, for affine grids, the value of level zero: float32, (..., 1)."""
+        """Per-token step and, for affine grids, the value of level zero: (..., 1), widened."""
 
-    def levels(self, x: Tensor, step: Tensor, low: Tensor | None) -> Tensor:
-        """Nearest levels in steps, exact in the dtype of ``x`` (bfloat16 included)."""
-        codes = encode(x.float(), step, self.grid, low)
-        return (codes.add_(self.grid.offset) if self.grid.offset else codes).to(x.dtype)
-
-    def gradient_mask(self, x: Tensor, step: Tensor, low: Tensor | None) -> Tensor | None:
-        """Where the straight-through gradient passes; None means everywhere."""
+    @property
+    def gradient_limits(self) -> tuple[float, float] | None:
+        """Between which values, in steps, the straight-through gradient passes; None: everywhere."""
         if self.straight_through == "identity":
             return None
         margin = _MARGIN[self.straight_through]
         below, above = outer_edges(self.grid)
-        scaled = (x.float() if low is None else x.float() - low).div_(step)
-        return clip_mask(scaled, below - margin, above + margin)
+        return below - margin, above + margin
+
+    def levels(self, x: Tensor, step: Tensor, low: Tensor | None) -> Tensor:
+        """Nearest levels in steps, exact in the dtype of ``x`` (bfloat16 included)."""
+        return self.levels_(standardize(x, step, low)).to(x.dtype)
+
+    def levels_(self, scaled: Tensor) -> Tensor:
+        """Nearest levels of values in steps, in place."""
+        codes = round_codes_(scaled, self.grid)
+        return codes.add_(self.grid.offset) if self.grid.offset else codes
+
+    def gradient_mask(self, x: Tensor, step: Tensor, low: Tensor | None) -> Tensor | None:
+        """Where the straight-through gradient passes; None means everywhere."""
+        limits = self.gradient_limits
+        return None if limits is None else clip_mask(standardize(x, step, low), *limits)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Quantize, dequantize, straight-through: (..., features) to the same shape and dtype."""
         with torch.no_grad():
             step, low = self.step_and_low(x)
-            quantized = self.levels(x, step, low) * step
-            quantized = (quantized if low is None else quantized + low).to(x.dtype)
             mask = self.gradient_mask(x, step, low)
+            quantized = self.levels_(standardize(x, step, low)).mul_(step)
+            quantized = (quantized if low is None else quantized.add_(low)).to(x.dtype)
         return straight_through(x, quantized, mask)
 
 
@@ -113,10 +122,10 @@ class RobustQuantizer(ActivationQuantizer):
 
     def step_and_low(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``step = Delta_b * rms(x)``; ``low`` is the token mean when centring."""
-        x = x.float()
-        low = x.mean(-1, keepdim=True) if self.center else None
-        spread = rms(x, -1) if low is None else x.std(-1, keepdim=True, correction=0)
-        return safe(spread * gaussian_step(self.bits)), low
+        if not self.center:
+            return safe(rms(widen(x), -1) * gaussian_step(self.bits)), None
+        variance, mean = torch.var_mean(widen(x), -1, correction=0, keepdim=True)
+        return safe(variance.sqrt() * gaussian_step(self.bits)), mean
 
 
 @dataclass(frozen=True)
@@ -137,9 +146,14 @@ class MinMaxQuantizer(ActivationQuantizer):
 
     def step_and_low(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``step = (max - min) / (2^b - 1)``, ``low = min`` (rounded to steps when asked)."""
-        low, high = min_max(x.float(), -1)
+        low, high = min_max(widen(x), -1)
         step = safe(affine_step(low, high, self.bits))
-        return step, low if self.zero_point == "float" else (low / step).round_() * step
+        if self.zero_point == "float":
+            return step, low
+        # A token of (nearly) equal values has no step to speak of; its minimum in steps must
+        # stay finite all the same.
+        step = torch.maximum(step, low.abs() * torch.finfo(low.dtype).eps)
+        return step, (low / step).round_() * step
 
 
 @dataclass(frozen=True)
@@ -153,7 +167,7 @@ class AbsMaxQuantizer(ActivationQuantizer):
 
     def step_and_low(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``step = max|x| / (2^(b-1) - 1)``."""
-        return safe(absmax(x.float(), -1) / self.grid.code_max), None
+        return safe(absmax(widen(x), -1) / self.grid.code_max), None
 
 
 @dataclass(frozen=True)
@@ -179,4 +193,4 @@ class AbsMeanQuantizer(ActivationQuantizer):
 
     def step_and_low(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``step = mean|x| / sqrt(7)``."""
-        return safe(absmean(x.float(), -1) / sqrt(7)), None
+        return safe(absmean(widen(x), -1) / sqrt(7)), None

@@ -122,10 +122,12 @@ class QuantLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.rotation is not None:
             x = self.rotation.apply(x)
-        y = ternary_matmul(x, self.weight, self.config.activation, self.config.weight)
+        addend = None
         if self.low_rank_up is not None and self.low_rank_down is not None:
-            return y + F.linear(F.linear(x, self.low_rank_down), self.low_rank_up, self.bias)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+            addend = F.linear(F.linear(x, self.low_rank_down), self.low_rank_up, self.bias)
+        elif self.bias is not None:
+            addend = self.bias.expand(*x.shape[:-1], -1)
+        return ternary_matmul(x, self.weight, self.config.activation, self.config.weight, addend)
 
     @classmethod
     def from_float(cls, linear: nn.Linear, config: LayerConfig, seed: int = 0) -> "QuantLinear":
@@ -198,7 +200,9 @@ class QuantLinear(nn.Module):
         own = self.get_extra_state()
         differing = sorted(key for key in own | state if own.get(key) != state.get(key))
         if differing:
-            detail = "; ".join(f"{k}: {state.get(k)!r} saved, {own.get(k)!r} here" for k in differing)
+            detail = "; ".join(
+                f"{k}: {state.get(k)!r} saved, {own.get(k)!r} here" for k in differing
+            )
             raise ValueError(
                 f"quantized layer saved under another configuration ({detail}); "
                 "build the model from the configuration of the checkpoint"

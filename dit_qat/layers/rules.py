@@ -64,7 +64,9 @@ def resolve(
 
 
 def _no_match(rule: Rule, modules: Mapping[str, type[ModuleConfig]]) -> str:
-    candidates = [n for n, t in modules.items() if rule.config is None or isinstance(rule.config, t)]
+    candidates = [
+        n for n, t in modules.items() if rule.config is None or isinstance(rule.config, t)
+    ]
     near = get_close_matches(rule.pattern, candidates, n=3, cutoff=0.4) or candidates[:3]
     hint = f"near names: {', '.join(near)}" if near else "this model has none"
     kind = "module" if rule.config is None else type(rule.config).__name__.removesuffix("Config")

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from dit_qat.layers.activation import ActivationQuantizer
-from dit_qat.primitives.ternary import TERNARY_FITS, TernaryFit, ternarize
+from dit_qat.primitives.scales import widen
+from dit_qat.primitives.ste import clip_gradient
+from dit_qat.primitives.ternary import (
+    TERNARY_FITS,
+    TernaryFit,
+    fit_ternary,
+    ternarize,
+    ternary_codes,
+)
+from dit_qat.primitives.uniform import standardize
 
 __all__ = ["TernaryWeight", "ternary_matmul"]
 
@@ -43,7 +52,11 @@ class TernaryWeight:
 
 
 def ternary_matmul(
-    x: Tensor, weight: Tensor, activation: ActivationQuantizer | None, ternary: TernaryWeight
+    x: Tensor,
+    weight: Tensor,
+    activation: ActivationQuantizer | None,
+    ternary: TernaryWeight,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """Fake-quantized linear map with straight-through gradients to both operands.
 
@@ -52,11 +65,12 @@ def ternary_matmul(
         weight: (out, in), the float latent weight; identity straight-through.
         activation: Quantizer of ``x``, with its own gradient mask; None leaves ``x`` as it is.
         ternary: Format of the weight.
+        addend: (..., out), added to the product before that is rounded to the dtype of ``x``.
 
     Returns:
         (..., out) in the dtype of ``x``.
     """
-    result: Tensor = _TernaryMatmul.apply(x, weight, activation, ternary)
+    result: Tensor = _TernaryMatmul.apply(x, weight, activation, ternary, addend)
     return result
 
 
@@ -68,39 +82,41 @@ class _TernaryMatmul(torch.autograd.Function):
         weight: Tensor,
         activation: ActivationQuantizer | None,
         ternary: TernaryWeight,
+        addend: Tensor | None,
     ) -> Tensor:
-        codes, scale = ternary.quantize(weight)
-        codes = codes.to(x.dtype)
-        step = low = None
-        levels = x
-        if activation is not None:
-            step, low = activation.step_and_low(x)
-            levels = activation.levels(x, step, low)
-        y = levels @ codes.T
-        if step is not None:
-            y = y.mul_(step)
-        if low is not None:
-            y = y.add_(low * codes.sum(-1))
-        ctx.save_for_backward(x, weight, step, low, scale)
-        ctx.activation, ctx.ternary = activation, ternary
-        return y.mul_(scale.squeeze(-1))
+        codes, scale, threshold = fit_ternary(weight, ternary.fit, ternary.per_channel)
+        ctx.activation = activation
+        if activation is None:
+            ctx.save_for_backward(x, weight, scale, threshold, None, None)
+            y = widen(x @ codes.to(x.dtype).T).mul_(scale.squeeze(-1))
+        else:
+            exact = widen(x)
+            step, low = activation.step_and_low(exact)
+            ctx.save_for_backward(x, weight, scale, threshold, step, low)
+            levels = activation.levels(exact, step, low).to(x.dtype)
+            y = widen(levels @ codes.to(x.dtype).T).mul_(scale.squeeze(-1)).mul_(step)
+            if low is not None:
+                y.addcmul_(low, (codes.sum(-1) * scale.squeeze(-1)).to(y.dtype))
+        return (y if addend is None else y.add_(addend)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        x, weight, step, low, scale = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None]:
+        x, weight, scale, threshold, step, low = ctx.saved_tensors
         activation: ActivationQuantizer | None = ctx.activation
+        scaled = None if activation is None else standardize(x, step, low)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            codes = ctx.ternary.quantize(weight)[0].to(x.dtype)
-            grad_x = (grad * scale.squeeze(-1)).to(x.dtype) @ codes
-            mask = None if activation is None else activation.gradient_mask(x, step, low)
-            if mask is not None:
-                grad_x.mul_(mask)
+            quantized = ternary_codes(weight, threshold).mul_(scale)
+            grad_x = grad @ quantized.to(x.dtype)
+            if activation is not None and activation.gradient_limits is not None:
+                grad_x = clip_gradient(grad_x, scaled, *activation.gradient_limits).to(x.dtype)
         if ctx.needs_input_grad[1]:
             quantized = x
             if activation is not None:
-                quantized = activation.levels(x, step, low) * step
-                quantized = (quantized if low is None else quantized + low).to(x.dtype)
-            flat = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
-            grad_weight = (flat.T @ quantized.reshape(-1, x.shape[-1])).to(weight.dtype)
-        return grad_x, grad_weight, None, None
+                quantized = activation.levels_(scaled).mul_(step)
+                quantized = (quantized if low is None else quantized.add_(low)).to(x.dtype)
+            columns = grad.reshape(-1, grad.shape[-1]).T
+            grad_weight = (columns @ quantized.reshape(-1, x.shape[-1])).to(weight.dtype)
+        return grad_x, grad_weight, None, None, grad if ctx.needs_input_grad[4] else None

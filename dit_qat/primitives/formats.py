@@ -44,12 +44,12 @@ class UniformGrid:
         """Lowest code."""
         if self.kind == "unsigned":
             return 0
-        return -(2 ** (self.bits - 1)) + (self.kind == "symmetric")
+        return -(1 << (self.bits - 1)) + (self.kind == "symmetric")
 
     @property
     def code_max(self) -> int:
         """Highest code."""
-        return 2**self.bits - 1 if self.kind == "unsigned" else 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - (self.kind != "unsigned"))) - 1
 
     @property
     def offset(self) -> float:

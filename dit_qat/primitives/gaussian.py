@@ -14,6 +14,7 @@ from dit_qat.primitives.tracing import compile_time_constant
 
 __all__ = ["gaussian_mse", "gaussian_step", "lloyd_max_levels", "lloyd_max_mse"]
 
+_LEAST_BITS: dict[GridKind, int] = {"mid_rise": 1, "twos_complement": 2, "symmetric": 2}
 _MOST_BITS = 8
 _NEWTON_STEPS = 50
 _RESIDUAL = 1e-12
@@ -42,10 +43,12 @@ def _moments(levels: tuple[float, ...]) -> tuple[float, float]:
 
 
 def _unit_levels(bits: int, grid: GridKind) -> tuple[float, ...]:
-    if grid == "unsigned":
-        raise ValueError("grid='unsigned' has no negative levels, a normal variable needs them")
-    if bits > _MOST_BITS:
-        raise ValueError(f"bits={bits} is outside 1..{_MOST_BITS}; use min-max steps above")
+    """Return the levels of a grid in steps, after checking that a normal variable fits it."""
+    if grid not in _LEAST_BITS:
+        raise ValueError(f"grid={grid!r} is no grid around zero; use one of {(*_LEAST_BITS,)}")
+    if not _LEAST_BITS[grid] <= bits <= _MOST_BITS:
+        limits = f"{_LEAST_BITS[grid]}..{_MOST_BITS}"
+        raise ValueError(f"bits={bits} is outside {limits} for a {grid} grid; choose bits in it")
     return UniformGrid(bits, grid).levels
 
 

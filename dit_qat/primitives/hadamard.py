@@ -309,7 +309,7 @@ class Rotation:
         """Return the signs s, (width,) of +-1, or None without a seed; do not write to them."""
         if self.seed is None:
             return None
-        return _signs(self.width, self.seed, dtype, torch.device(device))
+        return _signs(index(self.width), index(self.seed), dtype, torch.device(device))
 
     def apply(self, x: Tensor) -> Tensor:
         """Return (x * s) H / sqrt(n) for x of shape (..., width), in the dtype of x."""

@@ -4,13 +4,15 @@ Every function reduces over ``dim`` (an int, a tuple, or None for all) and keeps
 dimensions at size one, so that its result broadcasts against its input.
 """
 
+from math import prod, sqrt
+
 import torch
 from torch import Tensor
 
 from dit_qat.primitives.formats import UniformGrid
 from dit_qat.primitives.uniform import decode, encode
 
-__all__ = ["absmax", "absmean", "min_max", "mse_optimal_step", "rms", "safe"]
+__all__ = ["absmax", "absmean", "min_max", "mse_optimal_step", "rms", "safe", "widen"]
 
 Dim = int | tuple[int, ...] | None
 
@@ -18,6 +20,11 @@ Dim = int | tuple[int, ...] | None
 def safe(scale: Tensor) -> Tensor:
     """Lift scales from zero to the smallest normal number, so that all-zero rows divide by it."""
     return scale.clamp_min(torch.finfo(scale.dtype).tiny)
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return x in float32 or finer: what scales and roundings are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def absmax(x: Tensor, dim: Dim = None) -> Tensor:
@@ -32,7 +39,10 @@ def absmean(x: Tensor, dim: Dim = None) -> Tensor:
 
 def rms(x: Tensor, dim: Dim = None) -> Tensor:
     """Root mean square about zero."""
-    return x.square().mean(_dims(x, dim), keepdim=True).sqrt()
+    dims = _dims(x, dim)
+    # The norm reads x once; squaring first would write as much again.
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    return norm / sqrt(prod(x.shape[d] for d in dims))
 
 
 def min_max(x: Tensor, dim: Dim = None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_qat.primitives.scales import absmean, rms, safe
 
-__all__ = ["GAUSSIAN_THRESHOLD", "TERNARY_FITS", "TernaryFit", "ternarize", "ternary_codes"]
+__all__ = ["GAUSSIAN_THRESHOLD", "TERNARY_FITS", "TernaryFit", "fit_ternary", "ternarize", "ternary_codes"]
 
 TernaryFit = Literal["absmean", "least_squares", "gaussian", "mse"]
 TERNARY_FITS: tuple[TernaryFit, ...] = ("absmean", "least_squares", "gaussian", "mse")
@@ -50,23 +50,29 @@ def ternarize(
         >>> codes.tolist(), scale.item()
         ([[0.0, -1.0, 1.0, 1.0]], 1.0)
     """
-    dim = -1 if per_channel else None
-    threshold, scale = ternary_threshold(weight, fit, dim)
-    codes = ternary_codes(weight, threshold)
-    if scale is None:
-        dims = (-1,) if per_channel else (-2, -1)
-        norm = codes.square().sum(dims, keepdim=True)
-        scale = (weight * codes).sum(dims, keepdim=True) / norm.clamp_min(1)
+    codes, scale, _ = fit_ternary(weight, fit, per_channel)
     return codes, scale
 
 
-def ternary_threshold(
-    weight: Tensor, fit: TernaryFit, dim: int | None
-) -> tuple[Tensor, Tensor | None]:
+def fit_ternary(
+    weight: Tensor, fit: TernaryFit, per_channel: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Like :func:`ternarize`, and the threshold, from which :func:`ternary_codes` repeats codes."""
+    threshold, scale = _threshold(weight, fit, -1 if per_channel else None)
+    codes = ternary_codes(weight, threshold)
+    if scale is None:
+        dims = (-1,) if per_channel else (-2, -1)
+        count = codes.abs().sum(dims, keepdim=True)
+        scale = (weight * codes).sum(dims, keepdim=True) / count.clamp_min(1)
+    return codes, scale, threshold
+
+
+def _threshold(weight: Tensor, fit: TernaryFit, dim: int | None) -> tuple[Tensor, Tensor | None]:
     """Threshold of a fit, and its scale where that needs no codes."""
     if fit in ("absmean", "least_squares"):
         mean = safe(absmean(weight, dim))
-        return mean / 2, mean if fit == "absmean" else None
+        # Safe again: half the smallest normal number may be flushed to zero.
+        return safe(mean / 2), mean if fit == "absmean" else None
     if fit == "gaussian":
         return safe(rms(weight, dim)) * GAUSSIAN_THRESHOLD, None
     if fit == "mse":

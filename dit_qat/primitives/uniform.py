@@ -4,7 +4,18 @@ from torch import Tensor
 
 from dit_qat.primitives.formats import UniformGrid
 
-__all__ = ["affine_step", "decode", "encode", "outer_edges"]
+__all__ = ["affine_step", "decode", "encode", "outer_edges", "round_codes_", "standardize"]
+
+
+def standardize(x: Tensor, step: Tensor, low: Tensor | None = None) -> Tensor:
+    """Values in steps, ``(x - low) / step``: a new tensor, in the finer dtype of x and step."""
+    return x / step if low is None else (x - low).div_(step)
+
+
+def round_codes_(scaled: Tensor, grid: UniformGrid) -> Tensor:
+    """Round values in steps to codes, in place; see :func:`encode`."""
+    codes = scaled.floor_() if grid.kind == "mid_rise" else scaled.round_()
+    return codes.clamp_(grid.code_min, grid.code_max)
 
 
 def encode(x: Tensor, step: Tensor, grid: UniformGrid, low: Tensor | None = None) -> Tensor:
@@ -17,11 +28,10 @@ def encode(x: Tensor, step: Tensor, grid: UniformGrid, low: Tensor | None = None
         low: Value of level zero, broadcastable to ``x`` (affine grids); None means 0.
 
     Returns:
-        Integer codes in the dtype of ``x`` (half precision holds codes up to 8 bits exactly).
+        Whole numbers in the finer dtype of ``x`` and ``step`` (half precision holds codes up to 8
+        bits exactly).
     """
-    scaled = (x if low is None else x - low) / step
-    codes = scaled.floor_() if grid.kind == "mid_rise" else scaled.round_()
-    return codes.clamp_(grid.code_min, grid.code_max)
+    return round_codes_(standardize(x, step, low), grid)
 
 
 def decode(codes: Tensor, step: Tensor, grid: UniformGrid, low: Tensor | None = None) -> Tensor:
@@ -32,7 +42,7 @@ def decode(codes: Tensor, step: Tensor, grid: UniformGrid, low: Tensor | None = 
 
 def affine_step(low: Tensor, high: Tensor, bits: int) -> Tensor:
     """Step of the min-max affine grid, ``(high - low) / (2^bits - 1)``."""
-    return (high - low) / (2**bits - 1)
+    return (high - low) / float(2**bits - 1)
 
 
 def outer_edges(grid: UniformGrid) -> tuple[float, float]:

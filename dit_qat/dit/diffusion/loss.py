@@ -104,4 +104,4 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tens
 
 def _normal_cdf(z: Tensor) -> Tensor:
     """The normal distribution function, exact in the lower tail (``special.ndtr`` is 1 + erf)."""
-    return 0.5 * torch.special.erfc(-z / math.sqrt(2))
+    return 0.5 * torch.erfc(-z / math.sqrt(2))

@@ -35,7 +35,7 @@ def dit_rules(block: LayerConfig, unrotated: LayerConfig | None, adaln: LayerCon
 
     Args:
         block: For qkv, proj, fc1 and fc2.
-        unrotated: For qkv and fc1 where a method treats these apart (BitNet v2); None: as ``block``.
+        unrotated: For qkv and fc1 where a method treats them apart (BitNet v2); None: as block.
         adaln: For the adaLN linears, whose input is one token per image.
     """
     rules = [Rule("blocks.*.attn.*", block), Rule("blocks.*.mlp.*", block)]

@@ -24,7 +24,7 @@ class BitNetV2Config:
     Attributes:
         activation_bits: For qkv, proj, fc1 and fc2.
         adaln_bits: Activation bits of the adaLN linears.
-        grid: ``minmax`` at any bits, as RobuQ's tables have it, or BitNet v2's own ``absmean`` at 4.
+        grid: ``minmax`` at any bits, as in RobuQ's tables, or BitNet v2's own ``absmean`` at 4.
     """
 
     activation_bits: int = 4

@@ -1,4 +1,4 @@
-"""RobuQ: ternary weights, low-rank branch, Hadamard everywhere, RobustQuantizer (arXiv:2509.23582)."""
+"""RobuQ (arXiv:2509.23582): ternary weights, low-rank branch, Hadamard, RobustQuantizer."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -107,7 +107,8 @@ class RobuQ(Method):
     def quant_config(self) -> QuantConfig:
         """Rotate, RobustQuantizer and branch on every block linear; adaLN at its own bits."""
         c = self.config
-        assert c.fit and c.branch_start and c.straight_through
+        assert c.fit
+        assert c.branch_start
         block = LayerConfig(
             weight=TernaryWeight(c.fit, c.per_channel),
             activation=self._activation(c.activation_bits),

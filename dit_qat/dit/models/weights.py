@@ -94,15 +94,21 @@ def load_weights_(model: DiT, source: str | os.PathLike[str]) -> None:
     path = _resolve(source)
     config, state = _read(path)
     own = model.config
-    differing = [f"{k}={v} in the file, {own[k]} here" for k, v in config.items() if own[k] != v]
+    differing = [
+        f"{key}={value} in the file, {own.get(key)} here"
+        for key, value in config.items()
+        if own.get(key) != value
+    ]
     if differing:
         raise ValueError(
             f"{path}: weights of another architecture ({'; '.join(differing)}); set the network's "
             "arguments to those of the file"
         )
     _check_state(model.state_dict(), state, path)
+    device = model.pos_embed.device
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    floats = {key: value.to(device, torch.float32) for key, value in state.items()}
+    model.load_state_dict(floats, assign=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
 

@@ -1,12 +1,12 @@
 """What one watches during training: sample grids, quantizer statistics, throughput."""
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ThroughputMonitor
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
@@ -42,10 +42,12 @@ class SampleGrids(pl.Callback):
         self.columns = columns
         self.sampler = SamplerConfig(batch_size=count) if sampler is None else sampler
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Draw a grid when due, on rank zero."""
         step = trainer.global_step
-        boundary = (args[-1] + 1) % trainer.accumulate_grad_batches == 0
+        boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not self.every_n_steps or step % self.every_n_steps or not boundary:
             return
         if trainer.is_global_zero:
@@ -107,15 +109,32 @@ class QuantStatistics(pl.Callback):
         return listen
 
 
-class Throughput(ThroughputMonitor):
-    """Lightning's throughput monitor, counting images.
+class Throughput(pl.Callback):
+    """Log images per second, over the steps between two logs.
 
     Args:
-        window_size: Batches averaged over.
+        every_n_steps: Optimizer steps between logs; 0 for none.
     """
 
-    def __init__(self, window_size: int = 50) -> None:
-        super().__init__(batch_size_fn=lambda batch: int(batch[0].shape[0]), window_size=window_size)
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
+        self._images = 0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        self._images, self._since = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count, and log when due."""
+        self._images += batch[0].shape[0] * trainer.world_size
+        boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.every_n_steps and boundary and trainer.global_step % self.every_n_steps == 0:
+            now = time.perf_counter()
+            pl_module.log("images_per_second", self._images / (now - self._since))
+            self._images, self._since = 0, now
 
 
 def _ema_network(trainer: pl.Trainer, pl_module: Any) -> DiT:

@@ -1,5 +1,6 @@
 """Checkpoints that survive: written whole or not at all, at step boundaries, and on signals."""
 
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -11,9 +12,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 __all__ = ["AtomicCheckpointIO", "Checkpoints", "last_checkpoint"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def last_checkpoint(root: Path) -> Path:
@@ -70,7 +72,7 @@ class Checkpoints(Checkpoint):
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
-        keep_every_n_steps: Steps between checkpoints that are kept under their own name; 0 for none.
+        keep_every_n_steps: Steps between checkpoints kept under their own name; 0 for none.
 
     Raises:
         ValueError: for an interval below 1.
@@ -131,7 +133,7 @@ class Checkpoints(Checkpoint):
         if self.stopped_by is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stopped_by = signal.Signals(number)
-        rank_zero_info(f"{self.stopped_by.name}: stopping after this step")
+        _LOG.warning("%s: stopping after this step", self.stopped_by.name)
 
     def _restore_signals(self) -> None:
         handlers: dict[signal.Signals, Callable[..., Any] | int] = self._previous

@@ -1,6 +1,5 @@
 """The Lightning module: a DiT, quantized in the constructor, trained by the DiT recipe."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,7 +12,7 @@ from dit_qat.dit.methods import Method
 from dit_qat.dit.models import DiT, load_dit, load_weights_
 from dit_qat.dit.randomness import derive_seed, generator_for
 from dit_qat.dit.training.optimizer import OptimizerConfig, learning_rate_factor, parameter_groups
-from dit_qat.dit.training.specs import build, spec_of
+from dit_qat.dit.training.specs import restore, spec_of
 from dit_qat.layers import quantize_
 
 __all__ = ["DiTTraining", "NonFiniteLossError"]
@@ -32,9 +31,9 @@ class DiTTraining(pl.LightningModule):
     Args:
         network: The float architecture; quantized here, in place, by ``method``.
         method: Quantization-aware method; None trains the float network.
-        float_weights: Embedded name, file or hub id of float weights; None keeps the random start.
+        float_weights: Embedded name, file or hub id of float weights; None: a random start.
         optimizer: AdamW's learning rates, warm-up and decay.
-        distillation: Weight of the squared distance to the float teacher's noise; None: the method's.
+        distillation: Weight of the squared distance to the teacher's noise; None: the method's.
         label_dropout: Share of labels replaced by the null class; None: the network's.
         seed: Seed of noise, timesteps, label dropout and data order.
         compile: Compile the network (its parameter names stay).
@@ -60,12 +59,8 @@ class DiTTraining(pl.LightningModule):
         fresh_start: bool = True,
     ) -> None:
         super().__init__()
-        # A checkpoint holds specifications of plain types in place of objects.
-        network = build(network, DiT) if isinstance(network, Mapping) else network
-        method = build(method, Method) if isinstance(method, Mapping) else method
-        if isinstance(optimizer, Mapping):
-            optimizer = OptimizerConfig(**optimizer)
-        optimizer = OptimizerConfig() if optimizer is None else optimizer
+        network, method = restore(network, DiT), restore(method, Method)
+        optimizer = restore(optimizer, OptimizerConfig) or OptimizerConfig()
         self._keep_hyperparameters(locals())
         self.seed = seed
         self.optimizer_config = optimizer
@@ -92,8 +87,8 @@ class DiTTraining(pl.LightningModule):
     def _keep_hyperparameters(self, arguments: dict[str, Any]) -> None:
         plain = {
             "network": spec_of(arguments["network"]),
-            "method": None if arguments["method"] is None else spec_of(arguments["method"]),
-            "optimizer": arguments["optimizer"].as_dict(),
+            "method": spec_of(arguments["method"]),
+            "optimizer": spec_of(arguments["optimizer"]),
             "fresh_start": False,
         }
         kept = (
@@ -118,7 +113,7 @@ class DiTTraining(pl.LightningModule):
             self._teacher = (teacher.to(self.device),)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make whatever else draws random numbers (dropout of a custom network) depend on the step."""
+        """Make other random draws (dropout of a custom network) depend on the step as well."""
         torch.manual_seed(derive_seed(self.seed, "step", *self._position(batch_idx)))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

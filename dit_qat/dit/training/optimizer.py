@@ -1,6 +1,6 @@
 """AdamW's parameter groups by kind, and the learning-rate schedule."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import cos, pi
 from typing import Any, Literal
 
@@ -46,10 +46,6 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
         if self.decay not in ("constant", "cosine", "linear"):
             raise ValueError(f"optimizer.decay={self.decay!r} is not constant, cosine or linear")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain types for a checkpoint."""
-        return asdict(self) | {"betas": list(self.betas)}
 
 
 def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -1,0 +1,144 @@
+"""``dit-qat VERB``: find the verb, run it, and turn user errors into one line and exit code 2."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+
+from dit_qat import __version__
+
+__all__ = ["main"]
+
+_BOILERPLATE = (
+    "Does not validate against any of the Union subtypes",
+    "Subtypes: ",
+    "Errors:",
+    "- Expected a <class 'NoneType'>",
+    "Given value type: ",
+    "Given value: Namespace(",
+)
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command.
+
+    Attributes:
+        summary: One line for ``dit-qat --help``.
+        module: Where the function of the verb's name lives; None for Lightning's verbs.
+    """
+
+    summary: str
+    module: str | None = None
+
+
+VERBS = {
+    "demo": Verb("The whole story on the embedded digits, in minutes on a CPU", "dit_qat.cli.demo"),
+    "fit": Verb("Train a float or a quantized DiT; --ckpt_path last continues a run"),
+    "validate": Verb("Loss on the validation data, with the EMA weights of a checkpoint"),
+    "test": Verb("Loss on the test data, with the EMA weights of a checkpoint"),
+    "sample": Verb("Draw images from a checkpoint or from float weights", "dit_qat.cli.sample"),
+    "evaluate": Verb("Score a folder of images against the real ones", "dit_qat.cli.evaluate"),
+    "inspect": Verb("Layers, bits and sizes of a checkpoint or of weights", "dit_qat.cli.inspect"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; return the exit code: 0, 2 for a user's error, 128 + the number of a signal.
+
+    With ``DIT_QAT_DEBUG=1`` in the environment, errors keep their traceback.
+
+    Args:
+        arguments: Verb first; by default those of the process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if given[0] == "--version":
+        print(f"dit-qat {__version__}")
+        return 0
+    verb = given[0]
+    if verb not in VERBS:
+        return _fail("dit-qat", _unknown(verb))
+    try:
+        return _run(verb, given[1:])
+    except KeyboardInterrupt:
+        print(f"dit-qat {verb}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as ended:  # argparse's way out of --help, and Lightning's of a second Ctrl-C
+        if isinstance(ended.__context__, KeyboardInterrupt):
+            print(f"dit-qat {verb}: interrupted", file=sys.stderr)
+            return INTERRUPTED
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except Exception as error:
+        if os.environ.get("DIT_QAT_DEBUG") == "1" or not _is_users(error):
+            raise
+        return _fail(f"dit-qat {verb}", str(error))
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    from dit_qat.cli.quiet import silence_known_noise
+
+    silence_known_noise()
+    module = VERBS[verb].module
+    if module is None:
+        from dit_qat.cli.training import run_training
+
+        return run_training([verb, *arguments])
+    from dit_qat.cli.verbs import run_function
+
+    run_function(getattr(import_module(module), verb), f"dit-qat {verb}", arguments)
+    return 0
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the message alone tells the user what to change."""
+    from argparse import ArgumentError
+
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    from dit_qat.dit.training import NonFiniteLossError
+
+    kinds = (ArgumentError, ValueError, OSError, MisconfigurationException, NonFiniteLossError)
+    return isinstance(error, kinds)
+
+
+def _fail(program: str, message: str) -> int:
+    print(f"{program}: error: {_readable(message)}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _readable(message: str) -> str:
+    """Cut jsonargparse's account of every alternative that it tried down to what went wrong."""
+    lines = [line for line in message.splitlines() if not line.strip().startswith(_BOILERPLATE)]
+    return "\n".join(lines).strip().removeprefix("- ") if lines else message
+
+
+def _unknown(verb: str) -> str:
+    near = get_close_matches(verb, VERBS, n=3) or list(VERBS)
+    return f"there is no verb {verb!r}; near names: {', '.join(near)} (dit-qat --help lists all)"
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: dit-qat [--help] [--version] VERB ...",
+            "",
+            "Train, sample and score diffusion transformers at 1.58-bit weights and 2-4 bit "
+            "activations.",
+            "",
+            "verbs:",
+            *lines,
+            "",
+            "dit-qat VERB --help lists a verb's options; every verb takes --config FILE.yaml and",
+            "--print_config.",
+        ]
+    )

@@ -1,0 +1,231 @@
+"""How much the model's output suffers when one layer alone gets other activation bits.
+
+AMPN (RobuQ, arXiv:2509.23582) allocates bits by such a table; its formula is not published, so the
+measure here is ours.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dit_qat.dit.diffusion import NoiseSchedule
+from dit_qat.dit.randomness import generator_for
+from dit_qat.layers import ActivationQuantizer, LayerConfig, QuantLinear
+from dit_qat.layers.statistics import normalized_error
+
+__all__ = [
+    "BLOCK_LINEARS",
+    "Sensitivity",
+    "activation_bits",
+    "average_activation_bits",
+    "layer_sensitivity",
+]
+
+BLOCK_LINEARS = ("blocks.*.attn.*", "blocks.*.mlp.*")
+"""qkv, proj, fc1 and fc2 of every block: the layers whose bits AMPN chooses."""
+
+_TRAINING = NoiseSchedule()
+
+Batch = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """Output errors by layer and bits, with what an allocation under a budget needs.
+
+    Attributes:
+        layers: Module names (L).
+        bits: Activation bits that were tried (B).
+        matrix: (L, B) float64, normalised mean squared error of the model's output.
+        present_bits: Activation bits that each layer has in the model (L).
+        costs: Weights of each layer (L), which is its multiply-accumulates per token.
+    """
+
+    layers: tuple[str, ...]
+    bits: tuple[int, ...]
+    matrix: Tensor
+    present_bits: tuple[int, ...]
+    costs: tuple[int, ...]
+
+    @property
+    def average_bits(self) -> float:
+        """Mean present bits of these layers, weighted by cost."""
+        return _weighted_mean(self.present_bits, self.costs)
+
+
+def layer_sensitivity(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor | None,
+    bits: Sequence[int],
+    seed: int = 0,
+    timesteps: int = 8,
+    *,
+    layers: Sequence[str] = BLOCK_LINEARS,
+    reference: nn.Module | None = None,
+    progress: bool = False,
+) -> Sensitivity:
+    """Measure S[l, b]: layer l alone at b activation bits, all others as they are.
+
+    Each entry is the mean over timesteps of ``mean((eps - eps_ref)^2) / mean(eps_ref^2)``, with eps
+    the predicted noise. Every image is noised once per timestep; the noise depends on the seed and
+    the timestep alone.
+
+    Args:
+        network: Called as ``network(x_t, t, labels)``; its noise channels come first. Every layer
+            has its own bits back afterwards, after an error too.
+        images: Clean images (N, C, H, W) in the network's space.
+        labels: (N,), or None for an unconditional network.
+        bits: Activation bits to try.
+        seed: Seed of the noise.
+        timesteps: How many, at the middles of as many equal slices of the training schedule.
+        layers: Globs over the names of quantized linear layers.
+        reference: Network whose output is taken as true, such as the float teacher, on the same
+            device; by default ``network`` as it stands, so that present bits have error 0.
+        progress: Whether to show a bar over layers and bits.
+
+    Raises:
+        ValueError: No bits, bits that a layer's quantizer refuses, timesteps outside 1..1000, a
+            glob that matches no quantized linear layer, a layer without activation quantizer, or a
+            reference that is not finite.
+    """
+    chosen = _quantized_linears(network, layers)
+    _check(bits, timesteps, chosen)
+    device = next(network.parameters()).device
+    inputs = list(_noisy_batches(images, labels, seed, timesteps, device))
+    truth = _predictions(network if reference is None else reference, inputs, images.shape[1])
+    _require_finite(truth)
+    unchanged = _error(network, inputs, truth)
+    matrix = torch.empty(len(chosen), len(bits), dtype=torch.float64)
+    with tqdm(total=matrix.numel(), desc="sensitivity", disable=not progress) as bar:
+        for row, layer in enumerate(chosen.values()):
+            for column, b in enumerate(bits):
+                if b == _quantizer(layer).bits:
+                    matrix[row, column] = unchanged
+                else:
+                    with activation_bits(layer, b):
+                        matrix[row, column] = _error(network, inputs, truth)
+                bar.update()
+    present, costs = _bits_and_costs(chosen.values())
+    return Sensitivity(tuple(chosen), tuple(bits), matrix, present, costs)
+
+
+@contextmanager
+def activation_bits(layer: QuantLinear, bits: int) -> Iterator[None]:
+    """Give a layer other activation bits until the block ends.
+
+    Raises:
+        ValueError: The layer's activations are not quantized, or not to these bits.
+    """
+    before = layer.config
+    layer.config = _with_bits(layer, bits)
+    try:
+        yield
+    finally:
+        layer.config = before
+
+
+def average_activation_bits(network: nn.Module, layers: Sequence[str] = BLOCK_LINEARS) -> float:
+    """Mean activation bits of a model's layers, weighted by their weights (RobuQ's budget).
+
+    Raises:
+        ValueError: as :func:`layer_sensitivity` for the layers.
+    """
+    return _weighted_mean(*_bits_and_costs(_quantized_linears(network, layers).values()))
+
+
+def _quantized_linears(network: nn.Module, patterns: Sequence[str]) -> dict[str, QuantLinear]:
+    """Layers by name, in the network's order, that match any of the globs."""
+    linears = {n: m for n, m in network.named_modules() if isinstance(m, QuantLinear)}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            known = ", ".join(list(linears)[:3]) or "none; quantize_ it first"
+            raise ValueError(
+                f"{pattern!r} matches no quantized linear layer; this network has {known}"
+            )
+    chosen = {n: m for n, m in linears.items() if any(fnmatchcase(n, p) for p in patterns)}
+    for name, layer in chosen.items():
+        with _naming(name):
+            _quantizer(layer)
+    return chosen
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Say in user errors which layer they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer {layer!r}: {error}") from error
+
+
+def _check(bits: Sequence[int], timesteps: int, chosen: Mapping[str, QuantLinear]) -> None:
+    if not bits:
+        raise ValueError("no bits to try; pass at least one, such as (1, 2, 3, 4)")
+    if not 1 <= timesteps <= _TRAINING.steps:
+        raise ValueError(
+            f"timesteps={timesteps} is outside 1..{_TRAINING.steps}; 8 are usually enough"
+        )
+    for name, layer in chosen.items():  # before hours of measuring, not after
+        with _naming(name):
+            for b in bits:
+                _with_bits(layer, b)
+
+
+def _with_bits(layer: QuantLinear, bits: int) -> LayerConfig:
+    return replace(layer.config, activation=replace(_quantizer(layer), bits=bits))
+
+
+def _quantizer(layer: QuantLinear) -> ActivationQuantizer:
+    if layer.config.activation is None:
+        raise ValueError(
+            "activations are not quantized, so there are no bits; choose layers that have an "
+            "activation quantizer"
+        )
+    return layer.config.activation
+
+
+def _bits_and_costs(chosen: Collection[QuantLinear]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    bits = tuple(_quantizer(layer).bits for layer in chosen)
+    return bits, tuple(layer.weight.numel() for layer in chosen)
+
+
+def _weighted_mean(values: Iterable[int], weights: Sequence[int]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _noisy_batches(
+    images: Tensor, labels: Tensor | None, seed: int, timesteps: int, device: torch.device
+) -> Iterator[Batch]:
+    """One batch per timestep; the noise is drawn on the CPU, alike for every device."""
+    for index in range(timesteps):
+        step = (2 * index + 1) * _TRAINING.steps // (2 * timesteps)
+        noise = torch.randn(images.shape, generator=generator_for(seed, "sensitivity", step))
+        t = torch.full((len(images),), step, device=device)
+        x_t = _TRAINING.add_noise(images.to(device), noise.to(device, images.dtype), t)
+        yield x_t, t, None if labels is None else labels.to(device)
+
+
+@torch.no_grad()
+def _predictions(network: nn.Module, inputs: Iterable[Batch], channels: int) -> list[Tensor]:
+    return [network(*batch)[:, :channels] for batch in inputs]
+
+
+def _error(network: nn.Module, inputs: Sequence[Batch], truth: Sequence[Tensor]) -> float:
+    """Mean over timesteps of the normalised error."""
+    found = _predictions(network, inputs, truth[0].shape[1])
+    return fmean(normalized_error(*pair) for pair in zip(found, truth, strict=True))
+
+
+def _require_finite(truth: Iterable[Tensor]) -> None:
+    if not all(bool(output.isfinite().all()) for output in truth):
+        raise ValueError(
+            "the reference network's output is not finite, so no error can be measured against it; "
+            "check its weights"
+        )

@@ -1,0 +1,286 @@
+"""The truth about bits: what every layer stores and computes with, side information included."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_qat.layers import QuantAttention, QuantLinear
+from dit_qat.primitives.formats import Ternary
+from dit_qat.primitives.hadamard import Rotation, hadamard_factors
+
+__all__ = ["LayerDescription", "ModelDescription", "RotationDescription", "describe"]
+
+PER_IMAGE = ("*adaLN_modulation*", "*t_embedder*", "*y_embedder*")
+"""Layers of a diffusion transformer that see one token per image."""
+
+_FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class RotationDescription:
+    """The rotation in front of a layer.
+
+    Attributes:
+        orders: Hadamard orders of the Kronecker factors; of one block, if it is blockwise.
+        signs: Whether random signs come first.
+        block_size: Width of the rotated blocks; None: the full width.
+    """
+
+    orders: tuple[int, ...]
+    signs: bool
+    block_size: int | None
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """One module that holds parameters of its own.
+
+    Attributes:
+        name: Dotted name in the model.
+        kind: "ternary" or, for what stays float, the name of the module's class.
+        shape: Of the weight; (out, in) for linear layers.
+        weights: Numbers in the weight.
+        parameters: Numbers in weight, bias and branch.
+        float_parameters: The part of ``parameters`` that is no ternary code.
+        scales: Float scales of the weight.
+        weight_bits: Nominal bits per weight.
+        activation_bits: Nominal bits of the input; 32 where it stays float.
+        rank: Of the float branch; 0: none.
+        rotation: Of the input; None: none.
+        zero_fraction: Share of zeros among the ternary codes; None for float layers.
+        per_image: Whether the layer sees one token per image, rather than every token.
+        quantized: Whether the weight is stored in few bits.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weights: int
+    parameters: int
+    float_parameters: int
+    scales: int = 0
+    weight_bits: float = _FLOAT_BITS
+    activation_bits: int = _FLOAT_BITS
+    rank: int = 0
+    rotation: RotationDescription | None = None
+    zero_fraction: float | None = None
+    per_image: bool = False
+    quantized: bool = False
+
+    @property
+    def stored_bits(self) -> float:
+        """All bits of the layer: codes, float32 scales, float32 branch, float32 bias."""
+        codes = self.parameters - self.float_parameters
+        return codes * self.weight_bits + _FLOAT_BITS * (self.scales + self.float_parameters)
+
+    @property
+    def branch_parameters(self) -> int:
+        """Numbers in the float branch: rank * (out + in)."""
+        return self.rank * sum(self.shape) if self.rank else 0
+
+    @property
+    def effective_weight_bits(self) -> float:
+        """Codes, scales and branch, in bits per weight; the bias is no part of the weight."""
+        side = _FLOAT_BITS * (self.scales + self.branch_parameters)
+        return self.weight_bits + side / self.weights
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the (quantized) product with the weight, per token; 0 for other than linear layers."""
+        is_linear = self.quantized or self.kind == nn.Linear.__name__
+        return self.weights if is_linear else 0
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """All layers of a model, and its totals.
+
+    Attributes:
+        layers: In the order of the model.
+        attention_bits: Bits of the attention products, by module name; float ones are absent.
+    """
+
+    layers: tuple[LayerDescription, ...]
+    attention_bits: dict[str, int]
+
+    @cached_property
+    def quantized_layers(self) -> tuple[LayerDescription, ...]:
+        """The layers with weights in few bits."""
+        return tuple(layer for layer in self.layers if layer.quantized)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the model."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def float_parameter_share(self) -> float:
+        """Share of the parameters that are no ternary codes: embedders, biases, branches."""
+        return sum(layer.float_parameters for layer in self.layers) / self.parameters
+
+    @property
+    def weight_bits(self) -> float:
+        """Nominal bits per weight of the quantized layers; of all linear layers without one."""
+        return _mean(self._counted, lambda layer: layer.weight_bits, lambda layer: layer.weights)
+
+    @property
+    def effective_weight_bits(self) -> float:
+        """As :attr:`weight_bits`, with float32 scales and float32 branches."""
+        return _mean(
+            self._counted,
+            lambda layer: layer.effective_weight_bits,
+            lambda layer: layer.weights,
+        )
+
+    @property
+    def average_activation_bits(self) -> float:
+        """Input bits of the layers that see every token, weighted by multiply-adds."""
+        return self._activation_bits(per_image=False)
+
+    @property
+    def per_image_activation_bits(self) -> float:
+        """The same over the layers that see one token per image (adaLN)."""
+        return self._activation_bits(per_image=True)
+
+    @property
+    def zero_fraction(self) -> float | None:
+        """Share of zeros among all ternary codes; None without any."""
+        if not self.quantized_layers:
+            return None
+        return _mean(
+            self.quantized_layers,
+            lambda layer: layer.zero_fraction or 0.0,
+            lambda layer: layer.weights,
+        )
+
+    @property
+    def packed_bytes(self) -> float:
+        """Bytes that the model would take at log2(3) bits per code and 32 per float."""
+        return sum(layer.stored_bits for layer in self.layers) / 8
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """:attr:`packed_bytes` in bits, over all parameters."""
+        return 8 * self.packed_bytes / self.parameters
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, totals first."""
+        totals = {name: getattr(self, name) for name in _TOTALS}
+        layers = [
+            asdict(layer) | {"effective_weight_bits": layer.effective_weight_bits}
+            for layer in self.layers
+        ]
+        return totals | {"attention_bits": self.attention_bits, "layers": layers}
+
+    @property
+    def _counted(self) -> tuple[LayerDescription, ...]:
+        linear = tuple(layer for layer in self.layers if layer.multiply_adds)
+        return self.quantized_layers or linear
+
+    def _activation_bits(self, per_image: bool) -> float:
+        seen = [layer for layer in self._counted if layer.per_image == per_image]
+        return _mean(seen, lambda layer: layer.activation_bits, lambda layer: layer.multiply_adds)
+
+
+_TOTALS = (
+    "parameters",
+    "float_parameter_share",
+    "weight_bits",
+    "effective_weight_bits",
+    "average_activation_bits",
+    "per_image_activation_bits",
+    "zero_fraction",
+    "bits_per_parameter",
+    "packed_bytes",
+)
+
+
+def describe(model: nn.Module, per_image: Sequence[str] = PER_IMAGE) -> ModelDescription:
+    """Say what a model stores and computes with.
+
+    Args:
+        model: Float or quantized; not changed.
+        per_image: Globs over the names of layers that see one token per image; they are kept apart
+            from the average of activation bits, since they cost next to nothing.
+
+    Raises:
+        ValueError: for a model without parameters.
+    """
+    layers = tuple(
+        _describe_module(name, module, any(fnmatchcase(name, glob) for glob in per_image))
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    )
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no parameters to describe")
+    attention = {
+        name: module.config.bits
+        for name, module in model.named_modules()
+        if isinstance(module, QuantAttention)
+    }
+    return ModelDescription(layers, attention)
+
+
+def _describe_module(name: str, module: nn.Module, per_image: bool) -> LayerDescription:
+    if isinstance(module, QuantLinear):
+        return _describe_ternary(name, module, per_image)
+    own = dict(module.named_parameters(recurse=False))
+    weight = own.get("weight", max(own.values(), key=lambda parameter: parameter.numel()))
+    count = sum(parameter.numel() for parameter in own.values())
+    return LayerDescription(
+        name=name,
+        kind=type(module).__name__,
+        shape=tuple(weight.shape),
+        weights=weight.numel(),
+        parameters=count,
+        float_parameters=count,
+        per_image=per_image,
+    )
+
+
+@torch.no_grad()
+def _describe_ternary(name: str, layer: QuantLinear, per_image: bool) -> LayerDescription:
+    codes, scale = layer.config.weight.quantize(layer.weight)
+    weights, activation = layer.weight.numel(), layer.config.activation
+    count = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+    return LayerDescription(
+        name=name,
+        kind="ternary",
+        shape=tuple(layer.weight.shape),
+        weights=weights,
+        parameters=count,
+        float_parameters=count - weights,
+        scales=scale.numel(),
+        weight_bits=Ternary().bits,
+        activation_bits=_FLOAT_BITS if activation is None else activation.bits,
+        rank=0 if layer.config.low_rank is None else layer.config.low_rank.rank,
+        rotation=_describe_rotation(layer.rotation),
+        zero_fraction=float((codes == 0).double().mean()),
+        per_image=per_image,
+        quantized=True,
+    )
+
+
+def _describe_rotation(rotation: Rotation | None) -> RotationDescription | None:
+    if rotation is None:
+        return None
+    width = rotation.width if rotation.block_size is None else rotation.block_size
+    return RotationDescription(
+        hadamard_factors(width), rotation.seed is not None, rotation.block_size
+    )
+
+
+def _mean(
+    layers: Iterable[LayerDescription],
+    value: Callable[[LayerDescription], float],
+    weight: Callable[[LayerDescription], int],
+) -> float:
+    """Weighted mean; the bits of a float number where there are no such layers."""
+    weighted = [(value(layer), weight(layer)) for layer in layers]
+    total = sum(share for _, share in weighted)
+    return sum(x * share for x, share in weighted) / total if total else float(_FLOAT_BITS)

@@ -1,0 +1,56 @@
+"""Check that imports follow the architecture: what stands left never imports what stands right."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent / "dit_qat"
+
+# Each room and the rooms it may import from, itself apart (docs/architecture.md).
+ALLOWED: dict[str, set[str]] = {
+    "primitives": set(),
+    "kernels": {"primitives"},
+    "layers": {"primitives", "kernels"},
+    "calibration": {"primitives", "kernels", "layers"},
+    "allocation": {"primitives", "kernels", "layers"},
+    "export": {"primitives", "kernels", "layers"},
+}
+ALLOWED["dit"] = ALLOWED["llm"] = {*ALLOWED["export"], "calibration", "allocation", "export"}
+ALLOWED["cli"] = {*ALLOWED["dit"], "dit", "llm"}
+
+PRIMITIVES_MAY_IMPORT = {"torch", *sys.stdlib_module_names}
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of every module that a file imports, lazily or at its top."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, "." * node.level + (node.module or "")
+
+
+def violations(root: Path = ROOT) -> list[str]:
+    """One line per import against the arrows."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        room = path.relative_to(root).parts[0].removesuffix(".py")
+        for line, name in imports(path):
+            where = f"{path.relative_to(root.parent)}:{line}"
+            if name.startswith("."):
+                found.append(f"{where} imports {name} relatively; write the full name")
+                continue
+            top, *rest = name.split(".")
+            if top == "dit_qat" and rest and room in ALLOWED:
+                if rest[0] != room and rest[0] not in ALLOWED[room]:
+                    found.append(f"{where} ({room}) imports {name}")
+            elif room == "primitives" and top not in PRIMITIVES_MAY_IMPORT and top != "dit_qat":
+                found.append(f"{where} (primitives) imports {name}: torch and the library only")
+    return found
+
+
+if __name__ == "__main__":
+    found = violations()
+    print("\n".join(found) or "all imports follow the arrows")
+    sys.exit(bool(found))
