@@ -9,6 +9,9 @@ import torch
 
 __all__ = ["check_fits", "step_of"]
 
+# What torch.load raises for damaged files; OSError comes from mapping one that was cut short.
+_BROKEN = (RuntimeError, EOFError, OSError, UnpicklingError, KeyError, TypeError, ValueError)
+
 
 def check_fits(path: Path, configured: Mapping[str, Any]) -> None:
     """Compare the network and method of a checkpoint with those of the configuration.
@@ -40,7 +43,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {"step": content["global_step"], **content["hyper_parameters"]}
-    except (RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
+    except _BROKEN as error:
         raise ValueError(
             f"{path} is truncated or not a checkpoint of dit-qat fit ({type(error).__name__}: "
             f"{error}); take an earlier one"

@@ -17,6 +17,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from dit_qat.cli.checkpoint import check_fits, step_of
 from dit_qat.cli.output import write_json
 from dit_qat.cli.quiet import silence_worker_advice
+from dit_qat.cli.verbs import spell_out
 from dit_qat.dit.data import Digits
 from dit_qat.dit.training import (
     EMA,
@@ -72,8 +73,13 @@ class TrainingCLI(LightningCLI):
         """Keep Lightning from merging a checkpoint's hyper-parameters over the user's file."""
 
     def before_instantiate_classes(self) -> None:
-        """Resolve ``--ckpt_path``; refuse to write over results."""
+        """Resolve ``--ckpt_path``; refuse to write over results, or to train without an end."""
         config = self.config[self.subcommand]
+        if self.subcommand == "fit" and config.trainer.max_steps < 1:
+            raise ValueError(
+                f"trainer.max_steps={config.trainer.max_steps}: dit_qat counts optimizer steps, "
+                "not epochs; set trainer.max_steps to at least 1"
+            )
         root = Path(config.trainer.default_root_dir)
         inside = False
         if config.ckpt_path is not None:
@@ -163,7 +169,7 @@ def run_training(arguments: list[str]) -> int:
         parser_kwargs={"prog": "dit-qat", **parser_kwargs, **verbs},
         load_from_checkpoint_support=False,
         auto_configure_optimizers=False,
-        args=arguments,
+        args=spell_out(arguments, {"overwrite": bool}),
     )
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Checkpoints) and callback.stopped_by is not None:

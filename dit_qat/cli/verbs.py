@@ -1,12 +1,12 @@
 """A typed function as a command: its signature is the options, its docstring the help."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser
 
-__all__ = ["run_function"]
+__all__ = ["run_function", "spell_out"]
 
 
 def run_function(function: Callable[..., None], program: str, arguments: Sequence[str]) -> None:
@@ -22,19 +22,18 @@ def run_function(function: Callable[..., None], program: str, arguments: Sequenc
     )
     parser.add_argument("--config", action="config", help="Read these options from a YAML file.")
     parser.add_function_arguments(function)
-    parsed = parser.parse_args(spell_out(arguments, function))
+    parsed = parser.parse_args(spell_out(arguments, get_type_hints(function)))
     values = vars(parser.instantiate_classes(parsed))
     function(**{name: value for name, value in values.items() if name != "config"})
 
 
-def spell_out(arguments: Sequence[str], function: Callable[..., Any]) -> list[str]:
+def spell_out(arguments: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
     """Complete ``--flag`` to ``--flag true``, and ``--list 1 2`` to ``--list [1,2]``.
 
     Args:
         arguments: As typed.
-        function: Its parameters say which options are flags and which are lists.
+        hints: Type hint by option; those of a bool are flags.
     """
-    hints = get_type_hints(function)
     spelled: list[str] = []
     rest = list(arguments)
     while rest:

@@ -71,7 +71,7 @@ class ActivationQuantizer(ABC):
 
     @property
     def gradient_limits(self) -> tuple[float, float] | None:
-        """Between which values, in steps, the straight-through gradient passes; None: everywhere."""
+        """Between which values in steps the straight-through gradient passes; None: all."""
         if self.straight_through == "identity":
             return None
         margin = _MARGIN[self.straight_through]
@@ -138,6 +138,11 @@ class MinMaxQuantizer(ActivationQuantizer):
     """
 
     zero_point: Literal["float", "rounded"] = "float"
+
+    def __post_init__(self) -> None:
+        if self.zero_point not in ("float", "rounded"):
+            raise ValueError(f"zero_point={self.zero_point!r} is unknown; use float or rounded")
+        super().__post_init__()
 
     @property
     def grid(self) -> UniformGrid:

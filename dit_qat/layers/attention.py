@@ -7,7 +7,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from dit_qat.primitives.formats import UniformGrid
-from dit_qat.primitives.scales import absmax, safe
+from dit_qat.primitives.scales import absmax, safe, widen
 from dit_qat.primitives.ste import straight_through
 from dit_qat.primitives.uniform import decode, encode
 
@@ -33,8 +33,9 @@ def quantize_dynamic(x: Tensor, bits: int, dim: int) -> Tensor:
     """Fake-quantize symmetrically up to the largest magnitude along ``dim``, straight-through."""
     grid = UniformGrid(bits, "symmetric")
     with torch.no_grad():
-        step = safe(absmax(x.float(), dim) / grid.code_max)
-        quantized = decode(encode(x.float(), step, grid), step, grid).to(x.dtype)
+        exact = widen(x)
+        step = safe(absmax(exact, dim) / grid.code_max)
+        quantized = decode(encode(exact, step, grid), step, grid).to(x.dtype)
     return straight_through(x, quantized)
 
 
@@ -42,8 +43,9 @@ def quantize_probabilities(p: Tensor, bits: int) -> Tensor:
     """Fake-quantize softmax outputs on the fixed unsigned grid of [0, 1], straight-through."""
     grid = UniformGrid(bits, "unsigned")
     with torch.no_grad():
-        step = torch.full((), 1 / grid.code_max, device=p.device)
-        quantized = decode(encode(p.float(), step, grid), step, grid).to(p.dtype)
+        exact = widen(p)
+        step = exact.new_full((), 1 / grid.code_max)
+        quantized = decode(encode(exact, step, grid), step, grid).to(p.dtype)
     return straight_through(p, quantized)
 
 
@@ -57,7 +59,8 @@ class QuantAttention(nn.Module):
     The submodules (``qkv``, ``proj``, norms) are those of the attention it replaces.
 
     Raises:
-        ValueError: for attention with a gate, an output norm or dropout, which DiTs do not have.
+        ValueError: for attention with a gate, an output norm, dropout or a width of its own, which
+            DiTs do not have.
     """
 
     def __init__(self, attention: Attention, config: AttentionConfig) -> None:
@@ -67,8 +70,15 @@ class QuantAttention(nn.Module):
                 f"attention dropout {attention.attn_drop.p}, {attention.proj_drop.p} is not "
                 "supported under quantization; set it to 0"
             )
-        if getattr(attention, "gate", None) is not None:
-            raise ValueError("gated attention has no quantized form; skip it by a rule with None")
+        gated = getattr(attention, "gate", None) is not None
+        normed = not isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity)
+        inner, outer = attention.proj.in_features, attention.proj.out_features
+        if gated or normed or not inner == outer == attention.qkv.in_features:
+            raise ValueError(
+                f"attention with a gate ({gated}), an output norm ({normed}) or widths that differ "
+                f"({attention.qkv.in_features}, {inner}, {outer}) has no quantized form; skip it "
+                "by a rule with None"
+            )
         self.config = config
         self.num_heads, self.scale = attention.num_heads, attention.scale
         self.qkv, self.proj = attention.qkv, attention.proj
@@ -90,10 +100,11 @@ class QuantAttention(nn.Module):
 
     def to_float(self) -> Attention:
         """Return timm's attention around the same submodules."""
-        attention = Attention(self.qkv.in_features, self.num_heads, device="meta")
+        with torch.device("meta"):
+            attention = Attention(self.qkv.in_features, self.num_heads)
         attention.qkv, attention.proj = self.qkv, self.proj
         attention.q_norm, attention.k_norm = self.q_norm, self.k_norm
-        return attention
+        return attention.train(self.training)
 
     def extra_repr(self) -> str:
         """Bits of the products."""

@@ -11,6 +11,7 @@ from dit_qat.layers.activation import ActivationQuantizer, RobustQuantizer
 from dit_qat.layers.ternary_matmul import TernaryWeight, ternary_matmul
 from dit_qat.primitives.hadamard import Rotation
 from dit_qat.primitives.lowrank import split_alternating, split_svd
+from dit_qat.primitives.scales import widen
 
 __all__ = ["HadamardRotation", "LayerConfig", "LowRank", "QuantLinear", "TernaryWeight"]
 
@@ -22,7 +23,7 @@ class HadamardRotation:
     """Full-width orthonormal Hadamard rotation of a layer's input.
 
     Attributes:
-        signs: Flip inputs by fixed random signs first, so that no rotated channel collects the mean.
+        signs: Flip inputs by fixed random signs first, so that no channel collects the mean.
         block_size: Rotate contiguous blocks of this width; None rotates the full width.
     """
 
@@ -51,6 +52,8 @@ class LowRank:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} is below 1; use low_rank=None for no branch")
+        if self.start not in ("svd", "alternating"):
+            raise ValueError(f"start={self.start!r} is unknown; use svd or alternating")
 
     def split(self, weight: Tensor, ternary: TernaryWeight) -> tuple[Tensor, Tensor]:
         """Factors A (out, rank) and B (rank, in)."""
@@ -134,7 +137,7 @@ class QuantLinear(nn.Module):
         """Rotate and split a float layer; without quantization the result computes the same map."""
         layer = cls.empty_like(linear, config, seed)
         with torch.no_grad():
-            weight = linear.weight.detach()
+            weight = widen(linear.weight.detach())
             if layer.rotation is not None:
                 weight = layer.rotation.apply(weight)
             if config.low_rank is not None:
@@ -168,10 +171,9 @@ class QuantLinear(nn.Module):
         """
         with torch.no_grad():
             weight = self.weight.detach()
-            if quantized:
-                weight = self.config.weight.fake_quantize(weight)
+            weight = widen(self.config.weight.fake_quantize(weight) if quantized else weight)
             if self.low_rank_up is not None and self.low_rank_down is not None:
-                weight = weight + self.low_rank_up @ self.low_rank_down
+                weight = weight + widen(self.low_rank_up) @ widen(self.low_rank_down)
             if self.rotation is not None:
                 weight = self.rotation.inverse(weight)
             linear = nn.Linear(
@@ -180,7 +182,7 @@ class QuantLinear(nn.Module):
                 self.bias is not None,
                 device="meta",
             )
-            linear.weight = nn.Parameter(weight.clone())
+            linear.weight = nn.Parameter(weight.to(self.weight.dtype, copy=True))
             if self.bias is not None:
                 linear.bias = nn.Parameter(self.bias.detach().clone())
         return linear
@@ -213,9 +215,9 @@ class QuantLinear(nn.Module):
     ) -> None:
         if prefix + "weight" in state_dict and prefix + "_extra_state" not in state_dict:
             raise ValueError(
-                f"{prefix}weight is a float weight, but {prefix[:-1]} is a QuantLinear, whose weight "
-                "lives in a rotated, split basis; load the float model first, then call "
-                "quantize_(model, config), or QuantLinear.from_float(linear, config)"
+                f"{prefix}weight is a float weight, but {prefix[:-1] or 'this'} is a QuantLinear, "
+                "whose weight lives in a rotated, split basis; load the float model first, then "
+                "call quantize_(model, config), or QuantLinear.from_float(linear, config)"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

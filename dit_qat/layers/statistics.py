@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dit_qat.layers.linear import QuantLinear
-from dit_qat.primitives.uniform import outer_edges
+from dit_qat.primitives.uniform import outer_edges, standardize
 
 __all__ = ["LayerStatistics", "layer_statistics", "normalized_error"]
 
@@ -52,7 +52,7 @@ def layer_statistics(layer: QuantLinear, x: Tensor) -> LayerStatistics:
     if activation is not None:
         step, low = activation.step_and_low(rotated)
         quantized = activation.fake_quantize(rotated)
-        scaled = (rotated if low is None else rotated - low) / step
+        scaled = standardize(rotated, step, low)
         below, above = outer_edges(activation.grid)
         clip_rate = float(((scaled < below) | (scaled > above)).float().mean())
     codes, scale = layer.config.weight.quantize(layer.weight)

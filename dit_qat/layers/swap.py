@@ -46,12 +46,17 @@ def quantize_(
         'QuantLinear'
     """
     config = config if isinstance(config, QuantConfig) else QuantConfig(tuple(config))
-    modules = {n: _REACHED_BY[type(m)] for n, m in model.named_modules() if type(m) in _REACHED_BY}
+    modules = {
+        name: _REACHED_BY[type(module)]
+        for name, module in model.named_modules()
+        if name and type(module) in _REACHED_BY
+    }
     decided = resolve(config.rules, modules)
     # Everything that can fail is tried without memory first; then one layer after the other is
     # swapped, so that never more than one exists twice.
+    trial = partial(_on_meta, seed=config.seed, initialize=initialize)
     for name, chosen in decided.items():
-        _swapped(name, model.get_submodule(name), chosen, partial(_on_meta, seed=config.seed))
+        _swapped(name, model.get_submodule(name), chosen, trial)
     make = partial(
         QuantLinear.from_float if initialize else QuantLinear.empty_like, seed=config.seed
     )
@@ -88,7 +93,9 @@ def _swapped(
         raise ValueError(f"layer {name!r}: {error}") from error
 
 
-def _on_meta(linear: nn.Linear, config: LayerConfig, seed: int) -> QuantLinear:
+def _on_meta(linear: nn.Linear, config: LayerConfig, seed: int, initialize: bool) -> QuantLinear:
+    if initialize and not linear.weight.is_meta and not linear.weight.isfinite().all():
+        raise ValueError("the weight holds infinities or NaN; load another checkpoint")
     return QuantLinear(
         linear.in_features, linear.out_features, config=config, seed=seed, device="meta"
     )

@@ -96,7 +96,7 @@ class _TernaryMatmul(torch.autograd.Function):
             levels = activation.levels(exact, step, low).to(x.dtype)
             y = widen(levels @ codes.to(x.dtype).T).mul_(scale.squeeze(-1)).mul_(step)
             if low is not None:
-                y.addcmul_(low, (codes.sum(-1) * scale.squeeze(-1)).to(y.dtype))
+                y.addcmul_(low, codes.sum(-1, dtype=y.dtype) * scale.squeeze(-1))
         return (y if addend is None else y.add_(addend)).to(x.dtype)
 
     @staticmethod
@@ -105,7 +105,7 @@ class _TernaryMatmul(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None]:
         x, weight, scale, threshold, step, low = ctx.saved_tensors
         activation: ActivationQuantizer | None = ctx.activation
-        scaled = None if activation is None else standardize(x, step, low)
+        scaled = x if activation is None else standardize(x, step, low)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             quantized = ternary_codes(weight, threshold).mul_(scale)

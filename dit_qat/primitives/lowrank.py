@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dit_qat.primitives.scales import widen
+
 __all__ = ["split_alternating", "split_svd"]
 
 
@@ -26,8 +28,7 @@ def split_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"rank={rank} is outside 1..{limit} for a {tuple(weight.shape)} weight; choose it lower"
         )
-    exact = weight if weight.dtype == torch.float64 else weight.float()
-    u, s, vt = torch.linalg.svd(exact, full_matrices=False)
+    u, s, vt = torch.linalg.svd(widen(weight), full_matrices=False)
     return (u[:, :rank] * s[:rank]).to(weight.dtype), vt[:rank].to(weight.dtype)
 
 

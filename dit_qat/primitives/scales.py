@@ -41,8 +41,8 @@ def rms(x: Tensor, dim: Dim = None) -> Tensor:
     """Root mean square about zero."""
     dims = _dims(x, dim)
     # The norm reads x once; squaring first would write as much again.
-    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
-    return norm / sqrt(prod(x.shape[d] for d in dims))
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    return norm / sqrt(prod([x.shape[d] for d in dims]))
 
 
 def min_max(x: Tensor, dim: Dim = None) -> tuple[Tensor, Tensor]:

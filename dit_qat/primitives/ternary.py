@@ -10,9 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_qat.primitives.scales import absmean, rms, safe
+from dit_qat.primitives.scales import rms, safe
 
-__all__ = ["GAUSSIAN_THRESHOLD", "TERNARY_FITS", "TernaryFit", "fit_ternary", "ternarize", "ternary_codes"]
+__all__ = [
+    "GAUSSIAN_THRESHOLD",
+    "TERNARY_FITS",
+    "TernaryFit",
+    "fit_ternary",
+    "ternarize",
+    "ternary_codes",
+]
 
 TernaryFit = Literal["absmean", "least_squares", "gaussian", "mse"]
 TERNARY_FITS: tuple[TernaryFit, ...] = ("absmean", "least_squares", "gaussian", "mse")
@@ -21,9 +28,12 @@ GAUSSIAN_THRESHOLD = 0.612003
 """Threshold of the MSE-optimal ternary quantizer of N(0, 1): half its level of 1.224006."""
 
 
-def ternary_codes(weight: Tensor, threshold: Tensor) -> Tensor:
-    """Codes -1, 0, +1 in the weight's dtype: +-1 where the magnitude exceeds ``threshold``."""
-    return (weight / (2 * threshold)).round_().clamp_(-1, 1)
+def ternary_codes(weight: Tensor, threshold: Tensor, out: Tensor | None = None) -> Tensor:
+    """Codes -1, 0, +1 in the weight's dtype: +-1 where the magnitude exceeds ``threshold``.
+
+    ``out`` is a tensor like ``weight`` to write them to.
+    """
+    return torch.div(weight, 2 * threshold, out=out).round_().clamp_(-1, 1)
 
 
 def ternarize(
@@ -58,8 +68,10 @@ def fit_ternary(
     weight: Tensor, fit: TernaryFit, per_channel: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Like :func:`ternarize`, and the threshold, from which :func:`ternary_codes` repeats codes."""
-    threshold, scale = _threshold(weight, fit, -1 if per_channel else None)
-    codes = ternary_codes(weight, threshold)
+    magnitude = weight.abs()
+    threshold, scale = _threshold(magnitude, fit, -1 if per_channel else None)
+    # A weight is large and fresh memory costs more than arithmetic: use it twice.
+    codes = ternary_codes(weight, threshold, out=magnitude)
     if scale is None:
         dims = (-1,) if per_channel else (-2, -1)
         count = codes.abs().sum(dims, keepdim=True)
@@ -67,22 +79,22 @@ def fit_ternary(
     return codes, scale, threshold
 
 
-def _threshold(weight: Tensor, fit: TernaryFit, dim: int | None) -> tuple[Tensor, Tensor | None]:
-    """Threshold of a fit, and its scale where that needs no codes."""
+def _threshold(magnitude: Tensor, fit: TernaryFit, dim: int | None) -> tuple[Tensor, Tensor | None]:
+    """Threshold of a fit to magnitudes (out, in), and its scale where that needs no codes."""
     if fit in ("absmean", "least_squares"):
-        mean = safe(absmean(weight, dim))
+        mean = safe(magnitude.mean(dim, keepdim=True))
         # Safe again: half the smallest normal number may be flushed to zero.
         return safe(mean / 2), mean if fit == "absmean" else None
     if fit == "gaussian":
-        return safe(rms(weight, dim)) * GAUSSIAN_THRESHOLD, None
+        return safe(rms(magnitude, dim)) * GAUSSIAN_THRESHOLD, None
     if fit == "mse":
-        return _optimal_threshold(weight, dim), None
+        return _optimal_threshold(magnitude, dim), None
     raise ValueError(f"ternary fit {fit!r} is unknown; use one of {TERNARY_FITS}")
 
 
-def _optimal_threshold(weight: Tensor, dim: int | None) -> Tensor:
+def _optimal_threshold(magnitude: Tensor, dim: int | None) -> Tensor:
     """Keeping the k largest magnitudes removes (sum of them)^2 / k from the error: scan every k."""
-    rows = weight.abs() if dim is not None else weight.abs().reshape(1, -1)
+    rows = magnitude if dim is not None else magnitude.reshape(1, -1)
     ordered = rows.sort(dim=-1, descending=True).values
     count = torch.arange(1, ordered.shape[-1] + 1, dtype=ordered.dtype, device=ordered.device)
     best = (ordered.cumsum(-1).square() / count).argmax(-1, keepdim=True)

@@ -74,6 +74,18 @@ def test_interruption(monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_second_interruption_of_a_run(monkeypatch):
+    def evaluate() -> None:
+        """Leave as Lightning does when a KeyboardInterrupt reaches it."""
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setattr("dit_qat.cli.evaluate.evaluate", evaluate)
+    assert main(["evaluate"]) == 130
+
+
 def test_full_disk(monkeypatch, refused):
     error = OSError(errno.ENOSPC, "No space left on device", "/full/grid.png")
     monkeypatch.setattr("dit_qat.cli.evaluate.evaluate", _failing(error))
@@ -95,11 +107,10 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch):
 
 
 def test_flags_and_lists_are_spelled_out():
-    def function(npz: bool = False, classes: list[int] | None = None, out: str = "") -> None:
-        """Do nothing."""
+    hints = {"npz": bool, "classes": list[int] | None, "out": str}
 
     def spelled(text: str) -> str:
-        return " ".join(spell_out(text.split(), function))
+        return " ".join(spell_out(text.split(), hints))
 
     assert spelled("--npz --out x") == "--npz true --out x"
     assert spelled("--npz false") == "--npz false"

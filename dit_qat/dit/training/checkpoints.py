@@ -117,10 +117,12 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(path)
         if kept and step % kept == 0:
             trainer.save_checkpoint(path.with_name(f"step_{step:07d}.ckpt"))
-        trainer.should_stop = trainer.should_stop or self.stopped_by is not None
+        if self.stopped_by is not None:
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # who stops a run does not wait for a validation
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the signals back; later would be after Lightning has put back what it replaced."""
         self._restore_signals()
 
     def on_exception(

@@ -40,7 +40,7 @@ def load_checkpoint(
         state = content["state_dict"]
         if weights == "current":
             state = content.get("current_model_state", state)
-    except (RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
+    except (RuntimeError, OSError, EOFError, UnpicklingError, LookupError, TypeError) as error:
         raise ValueError(
             f"{source} is truncated or not a checkpoint of dit-qat fit "
             f"({type(error).__name__}: {error}); take an earlier one"

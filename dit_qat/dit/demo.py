@@ -1,0 +1,208 @@
+"""The whole story on the embedded digits: train under quantization, sample, score, report."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dit_qat import __version__
+from dit_qat.dit.data import digit_images
+from dit_qat.dit.evaluation.images import image_grid, save_png
+from dit_qat.dit.evaluation.sensitivity import Sensitivity, layer_sensitivity
+from dit_qat.dit.experiment import Curve, Recipe, Scored, score, train_quantized
+from dit_qat.dit.methods import BitNetV2, Method, MinMax, RobuQ
+from dit_qat.dit.models import load_dit
+from dit_qat.dit.report import (
+    Comparison,
+    ComparisonRow,
+    Report,
+    loss_plot,
+    sensitivity_plot,
+    side_by_side,
+    write_report,
+)
+from dit_qat.dit.sampling import SamplerConfig
+from dit_qat.export.inspect import describe
+
+__all__ = ["DemoSettings", "baselines", "run_demo"]
+
+_SHOWN = 100
+_SENSITIVITY_BITS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo runs.
+
+    Attributes:
+        bits: Activation bits of the block linears.
+        preset: Preset of RobuQ.
+        compare: Train the baselines as well.
+        seed: Seed of training and sampling.
+        steps: Optimizer steps of quantization-aware training.
+        samples: Images to score; scores compare only at equal numbers.
+        sampling_steps: DDIM steps.
+        rank: Rank of the low-rank branches (16 for DiT-XL/2; these layers are 128 wide).
+    """
+
+    bits: int = 3
+    preset: Literal["paper", "exact"] = "exact"
+    compare: bool = False
+    seed: int = 0
+    steps: int = 600
+    samples: int = 1797
+    sampling_steps: int = 50
+    rank: int = 4
+
+
+def baselines(bits: int, rank: int) -> dict[str, Method]:
+    """The two recipes that RobuQ builds on, at the same bits."""
+    return {
+        "bitnet_v2": BitNetV2(activation_bits=bits),
+        "minmax": MinMax(activation_bits=bits, rank=rank),
+    }
+
+
+def run_demo(
+    out: Path, settings: DemoSettings, say: Callable[[str], None], progress: bool = True
+) -> dict[str, Any]:
+    """Train, sample, score and write everything into a folder.
+
+    Args:
+        out: Folder for the results; exists and holds none.
+        settings: What to run.
+        say: Called with a line of text at each stage.
+        progress: Show progress bars.
+
+    Returns:
+        The content of ``metrics.json``.
+    """
+    started = time.perf_counter()
+    sampler = SamplerConfig(steps=settings.sampling_steps, seed=settings.seed)
+    recipe = Recipe(steps=settings.steps)
+    teacher = load_dit("digits").eval()
+    method = RobuQ(
+        preset=settings.preset, activation_bits=settings.bits, rank=settings.rank
+    )
+    say(f"1/4 training {settings.steps} steps at W1.58A{settings.bits} ({settings.preset} preset)")
+    module, curve = train_quantized(method, recipe, settings.seed, out, progress)
+    say(f"2/4 sampling {settings.samples} images from the float and the quantized model")
+    scored_float = score(teacher, sampler, settings.samples, progress)
+    scored = score(module.network, sampler, settings.samples, progress)
+    say("3/4 measuring every layer's sensitivity to its activation bits")
+    images, labels = digit_images()
+    sensitivity = layer_sensitivity(
+        module.network, images[:16], labels[:16], _SENSITIVITY_BITS, settings.seed, timesteps=4
+    )
+    curves: dict[str, Curve] = {"robuq": curve}
+    others: dict[str, Scored] = {}
+    if settings.compare:
+        for name, baseline in baselines(settings.bits, settings.rank).items():
+            say(f"    baseline {name}: training and sampling")
+            other, curves[name] = train_quantized(
+                baseline, recipe, settings.seed, out / "baselines" / name, progress
+            )
+            others[name] = score(other.network, sampler, settings.samples, progress)
+    say("4/4 writing the report")
+    model = describe(module.network)
+    metrics = {
+        "float": scored_float.scores,
+        "quantized": {
+            "method": method.name,
+            "preset": settings.preset,
+            "bits": settings.bits,
+            "average_bits": model.average_activation_bits,
+            "effective_weight_bits": model.effective_weight_bits,
+            **scored.scores,
+        },
+        "baselines": {name: other.scores for name, other in others.items()},
+        "packed": None,
+        "settings": vars(settings),
+        "versions": _versions(),
+        "seconds": time.perf_counter() - started,
+    }
+    _write_pictures(out, scored_float, scored, curves, sensitivity)
+    _write_page(out, settings, metrics, sampler)
+    _write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+def _write_pictures(
+    out: Path,
+    scored_float: Scored,
+    scored: Scored,
+    curves: Mapping[str, Curve],
+    sensitivity: Sensitivity,
+) -> None:
+    for name, images in (("float", scored_float.images), ("quantized", scored.images)):
+        save_png(out / f"{name}.png", image_grid(images[:_SHOWN], columns=10, scale=4))
+    pictures = {
+        "side_by_side.png": _pair(scored_float.images, scored.images),
+        "loss.png": loss_plot(curves),
+        "sensitivity.png": sensitivity_plot(sensitivity),
+    }
+    for name, png in pictures.items():
+        (out / name).write_bytes(png)
+
+
+def _pair(left: Tensor, right: Tensor) -> bytes:
+    return side_by_side(left[:_SHOWN], right[:_SHOWN], ("float", "quantized"))
+
+
+def _write_page(
+    out: Path, settings: DemoSettings, metrics: Mapping[str, Any], sampler: SamplerConfig
+) -> None:
+    quantized = metrics["quantized"]
+    rows = [("robuq", quantized["fd_digits"])]
+    rows += [(name, scores["fd_digits"]) for name, scores in metrics["baselines"].items()]
+    ablation = Comparison(
+        tuple(ComparisonRow(name, settings.bits, (value,)) for name, value in rows),
+        metrics["float"]["fd_digits"],
+    )
+    report = Report(
+        title=f"RobuQ on digits, W1.58A{settings.bits}",
+        method=f"robuq ({settings.preset})",
+        bits=settings.bits,
+        steps=settings.steps,
+        seed=settings.seed,
+        seconds=metrics["seconds"],
+        hardware=_hardware(),
+        versions=metrics["versions"],
+        sampling=f"DDIM, {sampler.steps} steps, no guidance",
+        float_scores=metrics["float"],
+        quantized_scores={
+            key: value for key, value in quantized.items() if key in metrics["float"]
+        },
+        average_bits=quantized["average_bits"],
+        effective_weight_bits=quantized["effective_weight_bits"],
+        samples=(out / "side_by_side.png").read_bytes(),
+        loss=(out / "loss.png").read_bytes(),
+        sensitivity=(out / "sensitivity.png").read_bytes(),
+        ablation=ablation if metrics["baselines"] else None,
+    )
+    write_report(out / "report.html", report)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "dit_qat": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _hardware() -> str:
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)

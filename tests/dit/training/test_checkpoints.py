@@ -1,0 +1,141 @@
+"""Checkpoint files: whole or not at all; EMA: parameters only."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from dit_qat.dit.methods import RobuQ
+from dit_qat.dit.training import EMA, AtomicCheckpointIO, Checkpoints, DiTTraining, last_checkpoint
+from dit_qat.dit.training.loading import load_checkpoint
+from dit_qat.dit.training.runs import claim_folder, resume_path
+
+
+class FullDisk:
+    """A file object that has room for some bytes only."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(28, "No space left on device")
+        return int(self.file.write(data))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> "FullDisk":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    writer.save_checkpoint({"step": 1, "weight": torch.ones(1000)}, path)
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode: FullDisk(opened(self, mode), room=2000))
+    with pytest.raises(OSError, match="free space or choose another"):
+        writer.save_checkpoint({"step": 2, "weight": torch.ones(1000)}, path)
+    monkeypatch.undo()
+    assert writer.load_checkpoint(path)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_objects_in_a_checkpoint_are_not_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "odd.ckpt"
+    torch.save({"method": RobuQ()}, path)
+    with pytest.raises(Exception, match="weights_only|Weights only"):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "missing", "other"])
+def test_damaged_checkpoints_are_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "last.ckpt"
+    if damage == "truncated":
+        torch.save({"state_dict": {"a": torch.ones(1000)}, "hyper_parameters": {}}, path)
+        path.write_bytes(path.read_bytes()[:1500])
+    elif damage == "text":
+        path.write_text("not a checkpoint")
+    elif damage == "other":
+        torch.save({"a": torch.ones(3)}, path)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"last\.ckpt"):
+        load_checkpoint(path)
+
+
+def test_numbered_checkpoints_are_kept(
+    tmp_path: Path,
+    make_module: Callable[..., DiTTraining],
+    fit: Callable[..., pl.Trainer],
+) -> None:
+    callbacks = [EMA(0.9), Checkpoints(every_n_steps=4, keep_every_n_steps=2)]
+    fit(make_module(), tmp_path, 5, callbacks)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", "step_0000002.ckpt", "step_0000004.ckpt"}
+    last = torch.load(last_checkpoint(tmp_path), weights_only=True)
+    assert last["global_step"] == 5
+
+
+def test_ema_averages_parameters_and_copies_buffers(
+    tmp_path: Path,
+    make_module: Callable[..., DiTTraining],
+    fit: Callable[..., pl.Trainer],
+) -> None:
+    module = make_module(RobuQ(rank=2))
+    module.register_buffer("bits", torch.tensor(4))
+
+    class Change(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            module.bits.fill_(8 if trainer.global_step >= 2 else 4)
+
+    weight = module.network.blocks[0].attn.qkv.weight
+    start = weight.detach().clone()
+    fit(module, tmp_path, 4, [Change(), EMA(0.9), Checkpoints(2)])
+    content = torch.load(last_checkpoint(tmp_path), weights_only=True)
+    name = "network.blocks.0.attn.qkv.weight"
+    averaged, current = content["state_dict"], content["current_model_state"]
+    assert int(averaged["bits"]) == 8
+    moved = (current[name] - start).norm()
+    assert 0 < (averaged[name] - start).norm() < moved
+
+
+def test_ema_refuses_sharded_weights_and_odd_decays(tmp_path: Path) -> None:
+    from pytorch_lightning.strategies import FSDPStrategy
+
+    class Trainer:
+        strategy = FSDPStrategy.__new__(FSDPStrategy)
+
+    with pytest.raises(ValueError, match=r"sharded by FSDPStrategy; use trainer\.strategy=ddp"):
+        EMA().setup(Trainer(), None, "fit")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"ema\.decay=1\.5"):
+        EMA(decay=1.5)
+
+
+def test_a_folder_with_results_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"checkpoints.*--overwrite"):
+        claim_folder(tmp_path, overwrite=False)
+    claim_folder(tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(NotADirectoryError, match=r"notes\.txt is a file"):
+        claim_folder(tmp_path / "notes.txt", overwrite=True)
+
+
+def test_last_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="start afresh without --ckpt_path"):
+        resume_path("last", tmp_path)
+
+
+@pytest.mark.parametrize("every", [0, -3])
+def test_intervals_are_checked(every: int) -> None:
+    with pytest.raises(ValueError, match=r"checkpoints\.every_n_steps"):
+        Checkpoints(every_n_steps=every)
