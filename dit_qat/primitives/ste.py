@@ -23,7 +23,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x: Tensor, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return ``quantized``, bit for bit, with the gradient of ``x``.
+    """Return ``quantized``, bit for bit, with the gradient of ``x``; do not write to the result.
 
     Args:
         x: Float tensor that receives the gradient, any shape.

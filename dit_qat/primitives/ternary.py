@@ -86,7 +86,7 @@ def _threshold(magnitude: Tensor, fit: TernaryFit, dim: int | None) -> tuple[Ten
         # Safe again: half the smallest normal number may be flushed to zero.
         return safe(mean / 2), mean if fit == "absmean" else None
     if fit == "gaussian":
-        return safe(rms(magnitude, dim)) * GAUSSIAN_THRESHOLD, None
+        return safe(rms(magnitude, dim) * GAUSSIAN_THRESHOLD), None
     if fit == "mse":
         return _optimal_threshold(magnitude, dim), None
     raise ValueError(f"ternary fit {fit!r} is unknown; use one of {TERNARY_FITS}")
