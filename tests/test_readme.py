@@ -2,16 +2,14 @@
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
+from readme_command import README, command
 
 from dit_qat.cli.main import main
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-from readme_command import README, command
 
 SHORTER = {
     "demo": ["--steps", "3", "--samples", "16", "--sampling_steps", "2"],

@@ -1,7 +1,7 @@
 """Train and score every method on digits, over bits and seeds: the table of docs/robuq.md.
 
-Each run is kept as one JSON file and is not repeated, so the tool can be stopped, continued, and run
-by several processes on disjoint ``--seeds`` or ``--bits``; ``--report`` writes table and pictures.
+Each run is kept as one JSON file and is not repeated, so the tool can be stopped, continued, and
+shared by processes with disjoint ``--seeds`` or ``--bits``; ``--report`` writes table and pictures.
 """
 
 import argparse
@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from dit_qat.dit.evaluation.images import image_grid, save_png
-from dit_qat.dit.experiment import Recipe, score, train_quantized
+from dit_qat.dit.experiment import Recipe, digits_sampler, score, train_quantized
 from dit_qat.dit.methods import BitNetV2, Method, MinMax, RobuQ
 from dit_qat.dit.models import load_dit
 from dit_qat.dit.report import Comparison, ComparisonRow, comparison_plot
-from dit_qat.dit.sampling import SamplerConfig
 from dit_qat.export.inspect import describe
 
 RANK = 4
@@ -33,7 +32,7 @@ METHODS: dict[str, Callable[[int], Method]] = {
 
 
 def run_float(seed: int, samples: int, out: Path) -> dict[str, Any]:
-    scored = score(load_dit("digits").eval(), SamplerConfig(seed=seed), samples)
+    scored = score(load_dit("digits").eval(), digits_sampler(seed), samples)
     save_png(out / f"float_s{seed}.png", image_grid(scored.images[:100], columns=10, scale=4))
     return {"method": "float", "bits": 32, "seed": seed, **scored.scores}
 
@@ -44,7 +43,7 @@ def run_method(
     folder = out / "training" / f"{name}_a{bits}_s{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     module, curve = train_quantized(METHODS[name](bits), Recipe(steps=steps), seed, folder)
-    scored = score(module.network, SamplerConfig(seed=seed), samples)
+    scored = score(module.network, digits_sampler(seed), samples)
     picture = image_grid(scored.images[:100], columns=10, scale=4)
     save_png(out / f"{name}_a{bits}_s{seed}.png", picture)
     model = describe(module.network)

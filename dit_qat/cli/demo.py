@@ -56,11 +56,8 @@ def demo(
         ValueError: for numbers out of range.
         FileExistsError: if the folder holds results.
     """
-    if steps < 1 or samples < 4:
-        raise ValueError(
-            f"--steps {steps} --samples {samples}: train at least 1 step, score at least 4 images"
-        )
     settings = DemoSettings(bits, preset, compare, seed, steps, samples, sampling_steps, rank)
+    settings.check()
     claim(out, RESULTS, overwrite)
     metrics = run_demo(out, settings, print)
     quantized, reference = metrics["quantized"], metrics["float"]["fd_digits"]

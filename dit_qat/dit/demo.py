@@ -15,7 +15,7 @@ from dit_qat import __version__
 from dit_qat.dit.data import digit_images
 from dit_qat.dit.evaluation.images import image_grid, save_png
 from dit_qat.dit.evaluation.sensitivity import Sensitivity, layer_sensitivity
-from dit_qat.dit.experiment import Curve, Recipe, Scored, score, train_quantized
+from dit_qat.dit.experiment import Curve, Recipe, Scored, digits_sampler, score, train_quantized
 from dit_qat.dit.methods import BitNetV2, Method, MinMax, RobuQ
 from dit_qat.dit.models import load_dit
 from dit_qat.dit.report import (
@@ -29,6 +29,7 @@ from dit_qat.dit.report import (
 )
 from dit_qat.dit.sampling import SamplerConfig
 from dit_qat.export.inspect import describe
+from dit_qat.layers import quantize_
 
 __all__ = ["DemoSettings", "baselines", "run_demo"]
 
@@ -60,6 +61,24 @@ class DemoSettings:
     sampling_steps: int = 50
     rank: int = 4
 
+    def method(self) -> RobuQ:
+        """RobuQ under these settings."""
+        return RobuQ(preset=self.preset, activation_bits=self.bits, rank=self.rank)
+
+    def check(self) -> None:
+        """Refuse what could only fail after minutes of work.
+
+        Raises:
+            ValueError: for numbers out of range.
+        """
+        if self.steps < 1 or self.samples < 4:
+            raise ValueError(
+                f"steps={self.steps}, samples={self.samples}: train at least 1 step and score at "
+                "least 4 images"
+            )
+        digits_sampler(self.seed, self.sampling_steps)
+        quantize_(load_dit("digits"), self.method().quant_config(), initialize=False)
+
 
 def baselines(bits: int, rank: int) -> dict[str, Method]:
     """The two recipes that RobuQ builds on, at the same bits."""
@@ -84,12 +103,10 @@ def run_demo(
         The content of ``metrics.json``.
     """
     started = time.perf_counter()
-    sampler = SamplerConfig(steps=settings.sampling_steps, seed=settings.seed)
+    sampler = digits_sampler(settings.seed, settings.sampling_steps)
     recipe = Recipe(steps=settings.steps)
     teacher = load_dit("digits").eval()
-    method = RobuQ(
-        preset=settings.preset, activation_bits=settings.bits, rank=settings.rank
-    )
+    method = settings.method()
     say(f"1/4 training {settings.steps} steps at W1.58A{settings.bits} ({settings.preset} preset)")
     module, curve = train_quantized(method, recipe, settings.seed, out, progress)
     say(f"2/4 sampling {settings.samples} images from the float and the quantized model")

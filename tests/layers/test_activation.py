@@ -72,6 +72,15 @@ def test_the_integer_path_of_mid_rise(bits: int) -> None:
     torch.testing.assert_close(step, gaussian_step(bits) * sigma)
 
 
+def test_centring_uses_the_mean_and_the_spread_about_it() -> None:
+    x = normal(6, 20, dtype=torch.float64) + 3
+    step, low = RobustQuantizer(3, center=True).step_and_low(x)
+    mean = x.mean(-1, keepdim=True)
+    torch.testing.assert_close(low, mean)
+    spread = (x - mean).square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(step, gaussian_step(3) * spread)
+
+
 @EVERY
 def test_scaling_a_token_scales_its_result(quantizer: ActivationQuantizer) -> None:
     x, factors = normal(4, 300), torch.tensor([[0.25], [1.0], [8.0], [2.0**-60]])
@@ -96,12 +105,12 @@ def test_affine_grids_follow_a_shift(quantizer: ActivationQuantizer) -> None:
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("center", [False, True])
 def test_the_error_on_normal_tokens_is_the_closed_form(bits: int, center: bool) -> None:
-    found = error(RobustQuantizer(bits, center=center), gaussian_tokens(64, 4608))
+    found = error(RobustQuantizer(bits, center=center), gaussian_tokens(8, 65536))
     assert found == pytest.approx(gaussian_mse(gaussian_step(bits), bits), rel=0.01)
 
 
 def test_the_error_of_bitnet_v2_on_normal_tokens() -> None:
-    assert error(AbsMeanQuantizer(4), gaussian_tokens(64, 4608)) == pytest.approx(0.01313, rel=0.01)
+    assert error(AbsMeanQuantizer(4), gaussian_tokens(8, 65536)) == pytest.approx(0.01313, rel=0.01)
 
 
 @pytest.mark.parametrize(("bits", "ratio"), [(3, 1.9), (2, 3)])

@@ -41,7 +41,9 @@ def test_no_gradient_passes_at_the_edges_or_beyond() -> None:
 def test_clipping_a_gradient_is_multiplying_by_the_mask(dtype: torch.dtype) -> None:
     x = torch.cat([normal(1000), torch.tensor([-0.75, 1.25])])
     grad = normal(1002).flip(0).to(dtype)
-    assert torch.equal(clip_gradient(grad, x, -0.75, 1.25).to(dtype), grad * clip_mask(x, -0.75, 1.25))
+    assert torch.equal(
+        clip_gradient(grad, x, -0.75, 1.25).to(dtype), grad * clip_mask(x, -0.75, 1.25)
+    )
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -104,6 +104,8 @@ def test_more_bits_are_closer_to_the_float_model() -> None:
         reference = network(x, t, y)
         errors = []
         for bits in (1, 2, 3, 4):
-            student = quantize_(load_dit("digits").eval(), RobuQ(activation_bits=bits, rank=64).quant_config())
+            student = quantize_(
+                load_dit("digits").eval(), RobuQ(activation_bits=bits, rank=64).quant_config()
+            )
             errors.append(float((student(x, t, y) - reference).norm() / reference.norm()))
     assert errors == sorted(errors, reverse=True)

@@ -51,9 +51,7 @@ def test_fresh_start_false_reads_no_float_weights(make_module: Make) -> None:
 
 def test_float_weights_of_another_architecture_are_refused(float_file: Path) -> None:
     with pytest.raises(ValueError, match="hidden_size=32 in the file, 64 here"):
-        DiTTraining(
-            DiT(8, 4, 1, 64, 1, 2, num_classes=10), float_weights=str(float_file)
-        )
+        DiTTraining(DiT(8, 4, 1, 64, 1, 2, num_classes=10), float_weights=str(float_file))
 
 
 def test_checkpoint_holds_plain_types_and_reloads_by_itself(

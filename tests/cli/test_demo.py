@@ -1,0 +1,56 @@
+"""``dit-qat demo``: what it leaves behind, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dit_qat.cli.demo import RESULTS
+from dit_qat.cli.main import main
+
+SHORT = ["--steps", "2", "--samples", "8", "--sampling_steps", "1"]
+
+
+@pytest.mark.filterwarnings("ignore:FD-digits from")
+def test_demo_leaves_everything_and_does_not_overwrite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--bits", "2", "--seed", "3", *SHORT]) == 0
+    printed = capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == set(RESULTS) - {"baselines"}
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["packed"] is None
+    assert metrics["baselines"] == {}
+    assert metrics["seconds"] > 0
+    quantized = metrics["quantized"]
+    assert (quantized["method"], quantized["bits"], quantized["average_bits"]) == ("robuq", 2, 2)
+    assert 1.58 < quantized["effective_weight_bits"] < 8
+    for scores in (metrics["float"], quantized):
+        assert scores["fd_digits"] > 0
+    assert f"{quantized['fd_digits']:.2f}" in printed
+    assert f"{quantized['fd_digits']:.2f}" in (out / "report.html").read_text()
+    before = (out / "metrics.json").read_bytes()
+    assert main(["demo", "--out", str(out), *SHORT]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (out / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--bits", "5"], "5"),
+        (["--steps", "0"], "steps=0"),
+        (["--samples", "3"], "samples=3"),
+        (["--rank", "4000"], "rank=4000"),
+        (["--preset", "best"], "best"),
+        (["--bit", "2"], "--bit"),
+    ],
+)
+def test_demo_refuses_bad_settings_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), *arguments]) == 2
+    assert named in capsys.readouterr().err
+    assert not out.exists()
