@@ -109,7 +109,9 @@ def write_report(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/compare_digits"))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--methods", nargs="+", default=["float", *METHODS], choices=["float", *METHODS]
+    )
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
@@ -120,15 +122,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     runs = arguments.out / "runs"
     runs.mkdir(parents=True, exist_ok=True)
-    wanted = [] if arguments.report else [("float", 32, seed) for seed in arguments.seeds]
-    if not arguments.report:
-        wanted += [
-            (method, bits, seed)
-            for bits in arguments.bits
-            for seed in arguments.seeds
-            for method in arguments.methods
-        ]
-    for method, bits, seed in wanted:
+    wanted = [
+        (method, bits, seed)
+        for method in arguments.methods
+        for bits in ([32] if method == "float" else arguments.bits)
+        for seed in arguments.seeds
+    ]
+    for method, bits, seed in [] if arguments.report else wanted:
         path = runs / f"{method}_a{bits}_s{seed}.json"
         if path.exists():
             continue

@@ -32,7 +32,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "fit": "absmean",
         "branch_start": "svd",
         "straight_through": "soft_clip",
-        "distillation": 0.0,
+        "distillation": 5.0,
     },
 }
 
