@@ -101,7 +101,8 @@ def write_report(out: Path) -> None:
         if method != "float"
     )
     reference = statistics.mean(run["fd_digits"] for run in cells["float", 32])
-    (out / "comparison.png").write_bytes(comparison_plot(Comparison(rows, reference)))
+    if rows:
+        (out / "comparison.png").write_bytes(comparison_plot(Comparison(rows, reference)))
     runs = [run for cell in cells.values() for run in cell]
     (out / "metrics.json").write_text(json.dumps(runs, indent=2) + "\n")
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_qat.cli.output import claim, save_grid, write_json
+from dit_qat.cli.output import claim, save_grid
 from dit_qat.dit.data import digit_images
 from dit_qat.dit.evaluation import evaluate_digits, load_images
+from dit_qat.export.files import write_json
 
 __all__ = ["RESULTS", "evaluate"]
 

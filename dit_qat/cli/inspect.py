@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from dit_qat.cli.output import write_json
 from dit_qat.cli.sources import load_network
+from dit_qat.export.files import write_json
 from dit_qat.export.inspect import LayerDescription, ModelDescription, describe
 
 __all__ = ["inspect"]

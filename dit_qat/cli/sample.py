@@ -1,6 +1,5 @@
 """``dit-qat sample``: images from a checkpoint or from float weights."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -10,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_qat.cli.output import claim, save_grid, write_json
+from dit_qat.cli.output import claim, save_grid
 from dit_qat.cli.sources import load_network, pick_device
 from dit_qat.dit.evaluation import save_images, save_npz
 from dit_qat.dit.models import DiT
 from dit_qat.dit.sampling import SamplerConfig, sample_images, to_uint8
+from dit_qat.export.files import write_json, written_whole
 
 __all__ = ["RESULTS", "sample"]
 
@@ -120,10 +120,5 @@ def _save_pictures(out: Path, batches: Iterator[tuple[list[int], Tensor]], npz: 
 
 def _save_latents(path: Path, drawn: Tensor) -> None:
     """Write ``arr_0`` (N, C, H, W), float32, under its final name only."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, arr_0=drawn.float().cpu().numpy())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, arr_0=drawn.float().cpu().numpy())

@@ -15,7 +15,6 @@ from pytorch_lightning.cli import (
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from dit_qat.cli.checkpoint import check_fits, step_of
-from dit_qat.cli.output import write_json
 from dit_qat.cli.quiet import silence_worker_advice
 from dit_qat.cli.verbs import spell_out
 from dit_qat.dit.data import Digits
@@ -27,7 +26,8 @@ from dit_qat.dit.training import (
     SampleGrids,
     Throughput,
 )
-from dit_qat.dit.training.runs import claim_folder, resume_path
+from dit_qat.dit.training.runs import claim_run, resume_path
+from dit_qat.export.files import write_json
 
 __all__ = ["TrainingCLI", "run_training"]
 
@@ -90,7 +90,7 @@ class TrainingCLI(LightningCLI):
             config.model.fresh_start = False
         self.starts_anew = self.subcommand == "fit" and not inside
         if self.starts_anew and not config.overwrite:
-            claim_folder(root, overwrite=False)
+            claim_run(root, overwrite=False)
 
     def instantiate_classes(self) -> None:
         """Build everything; only when that went well, old results make room for new ones."""
@@ -101,7 +101,7 @@ class TrainingCLI(LightningCLI):
         if config.ckpt_path is not None:
             check_fits(Path(config.ckpt_path), self.model.hparams)
         if self.starts_anew and config.overwrite:
-            claim_folder(Path(config.trainer.default_root_dir), overwrite=True)
+            claim_run(Path(config.trainer.default_root_dir), overwrite=True)
         self.started = time.perf_counter()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -1,6 +1,5 @@
 """The whole story on the embedded digits: train under quantization, sample, score, report."""
 
-import json
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from dit_qat.dit.report import (
     write_report,
 )
 from dit_qat.dit.sampling import SamplerConfig
+from dit_qat.export.files import write_json
 from dit_qat.export.inspect import describe
 from dit_qat.layers import quantize_
 
@@ -146,7 +146,7 @@ def run_demo(
     }
     _write_pictures(out, scored_float, scored, curves, sensitivity)
     _write_page(out, settings, metrics, sampler)
-    _write_json(out / "metrics.json", metrics)
+    write_json(out / "metrics.json", metrics)
     return metrics
 
 
@@ -217,9 +217,3 @@ def _versions() -> dict[str, str]:
 def _hardware() -> str:
     threads = torch.get_num_threads()
     return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)

@@ -1,17 +1,17 @@
 """Reading and writing 8-bit images: folders of PNGs, one ``.npz``, and grids to look at."""
 
-import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+
+from dit_qat.export.files import written_whole
 
 __all__ = ["image_grid", "load_images", "save_images", "save_npz", "save_png"]
 
@@ -43,7 +43,8 @@ def save_npz(path: Path, images: Tensor) -> None:
     if path.suffix != ".npz":
         raise ValueError(f"{path} must end in .npz")
     arrays = _channels_last(images)
-    _write_atomically(path, lambda file: np.savez(file, arr_0=arrays))
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, arr_0=arrays)
 
 
 def save_png(path: Path, array: npt.NDArray[np.uint8]) -> None:
@@ -59,7 +60,8 @@ def save_png(path: Path, array: npt.NDArray[np.uint8]) -> None:
             f"shape {array.shape}"
         )
     image = Image.fromarray(np.ascontiguousarray(squeezed))
-    _write_atomically(path, lambda file: image.save(file, format="PNG"))
+    with written_whole(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def load_images(path: Path) -> Tensor:
@@ -112,17 +114,6 @@ def _channels_last(images: Tensor) -> npt.NDArray[np.uint8]:
         )
     array: npt.NDArray[np.uint8] = images.detach().cpu().permute(0, 2, 3, 1).contiguous().numpy()
     return array
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write to a temporary name beside ``path``, then rename: readers never see half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _load_folder(folder: Path) -> Tensor:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_qat.dit.models.dit import DiT
+from dit_qat.export.files import written_whole
 
 __all__ = ["EMBEDDED_WEIGHTS", "load_dit", "load_weights_", "save_dit"]
 
@@ -50,16 +51,9 @@ def save_dit(
         )
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     header = {**(metadata or {}), "config": json.dumps(model.config)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, for a rename is atomic only within a file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata=header)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary.chmod(0o644)  # safetensors makes files that only their owner reads
 
 
 def load_dit(source: str | os.PathLike[str], device: torch.device | str = "cpu") -> DiT:

@@ -1,6 +1,5 @@
 """The report of a run: one HTML page with everything inside it, no scripts and no network."""
 
-import os
 from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from pathlib import Path
 from statistics import stdev
 
 from dit_qat.dit.report.plots import Comparison, comparison_plot
+from dit_qat.export.files import written_whole
 
 __all__ = ["Report", "write_report"]
 
@@ -66,12 +66,8 @@ def write_report(path: Path, report: Report) -> None:
         ValueError: Scores without ``fd_digits`` or ``num_samples``, or an ablation without rows.
     """
     page = _page(report)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _page(report: Report) -> str:

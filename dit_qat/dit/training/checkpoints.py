@@ -13,6 +13,8 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from dit_qat.export.files import written_whole
+
 __all__ = ["AtomicCheckpointIO", "Checkpoints", "last_checkpoint"]
 
 _LOG = logging.getLogger(__name__)
@@ -35,21 +37,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             OSError: if the file cannot be written; the previous checkpoint is untouched.
         """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
         try:
-            with temporary.open("wb") as file:
+            with written_whole(target) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
         except (OSError, RuntimeError) as error:
             raise OSError(
                 f"could not write {target} ({error}); free space or choose another "
                 "trainer.default_root_dir; the previous checkpoint, if any, is untouched"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load_checkpoint(
         self,

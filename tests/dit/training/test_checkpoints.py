@@ -11,7 +11,7 @@ import torch
 from dit_qat.dit.methods import RobuQ
 from dit_qat.dit.training import EMA, AtomicCheckpointIO, Checkpoints, DiTTraining, last_checkpoint
 from dit_qat.dit.training.loading import load_checkpoint
-from dit_qat.dit.training.runs import claim_folder, resume_path
+from dit_qat.dit.training.runs import claim_run, resume_path
 
 
 class FullDisk:
@@ -53,7 +53,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
 def test_objects_in_a_checkpoint_are_not_loaded(tmp_path: Path) -> None:
     path = tmp_path / "odd.ckpt"
     torch.save({"method": RobuQ()}, path)
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(Exception, match=r"weights_only|Weights only"):
         AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
 
 
@@ -123,11 +123,11 @@ def test_a_folder_with_results_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"checkpoints.*--overwrite"):
-        claim_folder(tmp_path, overwrite=False)
-    claim_folder(tmp_path, overwrite=True)
+        claim_run(tmp_path, overwrite=False)
+    claim_run(tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(NotADirectoryError, match=r"notes\.txt is a file"):
-        claim_folder(tmp_path / "notes.txt", overwrite=True)
+        claim_run(tmp_path / "notes.txt", overwrite=True)
 
 
 def test_last_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""Files written whole, folders claimed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dit_qat.export.files import claim_folder, write_json, written_whole
+
+
+def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "result.txt"
+    path.write_text("old")
+
+    def fail() -> None:
+        with written_whole(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_success_replaces_and_makes_folders(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "result.json"
+    write_json(path, {"a": [1, 2.5, None]})
+    assert json.loads(path.read_text()) == {"a": [1, 2.5, None]}
+    with written_whole(path) as temporary:
+        assert json.loads(path.read_text())["a"]
+        temporary.write_text("{}")
+    assert path.read_text() == "{}"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_only_named_results_are_refused_and_removed(tmp_path: Path) -> None:
+    (tmp_path / "grid.png").write_text("x")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"grid\.png, images\); do something else"):
+        claim_folder(tmp_path, ["grid.png", "images"], False, "do something else")
+    claim_folder(tmp_path, ["grid.png", "images"], True, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    claim_folder(tmp_path / "a" / "b", ["x"], False, "")
+    assert (tmp_path / "a" / "b").is_dir()
+    with pytest.raises(NotADirectoryError, match=r"notes\.txt is a file"):
+        claim_folder(tmp_path / "notes.txt", ["x"], True, "")
