@@ -91,7 +91,9 @@ def train_quantized(
         The module with its averaged weights, and the training loss by step.
     """
     network = DiT(**load_dit("digits").config)
-    module = DiTTraining(network, method, "digits", recipe.optimizer, seed=seed)
+    module = DiTTraining(
+        network, method, float_weights="digits", optimizer=recipe.optimizer, seed=seed
+    )
     curve = _LossCurve()
     with _quiet():
         trainer = pl.Trainer(

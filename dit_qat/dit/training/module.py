@@ -1,5 +1,6 @@
 """The Lightning module: a DiT, quantized in the constructor, trained by the DiT recipe."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,7 +14,7 @@ from dit_qat.dit.models import DiT, load_dit, load_weights_
 from dit_qat.dit.randomness import derive_seed, generator_for
 from dit_qat.dit.training.optimizer import OptimizerConfig, learning_rate_factor, parameter_groups
 from dit_qat.dit.training.specs import restore, spec_of
-from dit_qat.layers import quantize_
+from dit_qat.layers import QuantConfig, Rule, quantize_
 
 __all__ = ["DiTTraining", "NonFiniteLossError"]
 
@@ -31,6 +32,7 @@ class DiTTraining(pl.LightningModule):
     Args:
         network: The float architecture; quantized here, in place, by ``method``.
         method: Quantization-aware method; None trains the float network.
+        float_layers: Globs of layers that the method leaves float, such as ``blocks.0.*``.
         float_weights: Embedded name, file or hub id of float weights; None: a random start.
         optimizer: AdamW's learning rates, warm-up and decay.
         distillation: Weight of the squared distance to the teacher's noise; None: the method's.
@@ -49,6 +51,7 @@ class DiTTraining(pl.LightningModule):
         self,
         network: DiT,
         method: Method | None = None,
+        float_layers: list[str] | None = None,
         float_weights: str | None = None,
         optimizer: OptimizerConfig | None = None,
         distillation: float | None = None,
@@ -78,7 +81,7 @@ class DiTTraining(pl.LightningModule):
         if fresh_start and float_weights is not None:
             load_weights_(network, float_weights)
         if method is not None:
-            quantize_(network, method.quant_config(), initialize=fresh_start)
+            quantize_(network, _rules(method, float_layers or []), initialize=fresh_start)
         network.gradient_checkpointing = gradient_checkpointing
         self.network = network
         if compile:
@@ -92,6 +95,7 @@ class DiTTraining(pl.LightningModule):
             "fresh_start": False,
         }
         kept = (
+            "float_layers",
             "float_weights",
             "distillation",
             "label_dropout",
@@ -204,3 +208,8 @@ class DiTTraining(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+
+def _rules(method: Method, float_layers: list[str]) -> QuantConfig:
+    config = method.quant_config()
+    return replace(config, rules=(*config.rules, *(Rule(pattern) for pattern in float_layers)))

@@ -35,6 +35,13 @@ def test_methods_quantize_the_blocks_and_nothing_else(make_module: Make, method:
     assert isinstance(network.blocks[0].attn, QuantAttention)
 
 
+def test_float_layers_stay_float(make_module: Make) -> None:
+    network = make_module(RobuQ(rank=2), float_layers=["*.mlp.*", "*adaLN*"]).network
+    assert quantized_names(network) == {"blocks.0.attn.qkv", "blocks.0.attn.proj"}
+    with pytest.raises(ValueError, match=r"'\*\.mpl\.\*' matches no .*near names: blocks\.0\.mlp"):
+        make_module(RobuQ(rank=2), float_layers=["*.mpl.*"])
+
+
 def test_float_part_of_the_network_is_that_of_the_file(make_module: Make, float_file: Path) -> None:
     network, source = make_module(RobuQ(rank=2)).network, load_dit(float_file)
     for name in ("x_embedder.proj", "t_embedder.mlp.0", "final_layer.linear"):
