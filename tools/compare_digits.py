@@ -28,6 +28,11 @@ METHODS: dict[str, Callable[[int], Method]] = {
     "minmax": lambda bits: MinMax(activation_bits=bits, rank=RANK),
     "minmax-signs": lambda bits: MinMax(activation_bits=bits, rank=RANK, signs=True),
     "bitnet_v2": lambda bits: BitNetV2(activation_bits=bits),
+    # What is the grid's share, and what the teacher's?
+    "robuq-no-teacher": lambda bits: RobuQ(activation_bits=bits, rank=RANK, distillation=0.0),
+    "minmax-signs-teacher": lambda bits: MinMax(
+        activation_bits=bits, rank=RANK, signs=True, distillation=5.0
+    ),
 }
 
 

@@ -23,9 +23,9 @@ class Method(ABC):
         """Rules that turn a float DiT into the method's quantized one."""
 
     @property
+    @abstractmethod
     def distillation(self) -> float:
         """Weight of the squared distance to the float teacher's noise prediction."""
-        return 0.0
 
 
 def dit_rules(block: LayerConfig, unrotated: LayerConfig | None, adaln: LayerConfig) -> list[Rule]:

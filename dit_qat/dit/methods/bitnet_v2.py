@@ -25,11 +25,13 @@ class BitNetV2Config:
         activation_bits: For qkv, proj, fc1 and fc2.
         adaln_bits: Activation bits of the adaLN linears.
         grid: ``minmax`` at any bits, as in RobuQ's tables, or BitNet v2's own ``absmean`` at 4.
+        distillation: Weight of the squared distance to the float teacher's noise prediction.
     """
 
     activation_bits: int = 4
     adaln_bits: int = 4
     grid: Literal["minmax", "absmean"] = "minmax"
+    distillation: float = 0.0
 
 
 class BitNetV2(Method):
@@ -50,6 +52,11 @@ class BitNetV2(Method):
     def config(self) -> BitNetV2Config:
         """The frozen settings."""
         return self._config
+
+    @property
+    def distillation(self) -> float:
+        """Weight of the distance to the teacher."""
+        return self.config.distillation
 
     def quant_config(self) -> QuantConfig:
         """Rotation in front of proj and fc2; qkv, fc1 and adaLN without."""

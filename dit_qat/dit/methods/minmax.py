@@ -26,6 +26,7 @@ class MinMaxConfig:
         adaln_bits: Activation bits of the adaLN linears.
         signs: Random signs before the rotation.
         zero_point: Float offset or rounded zero point of the min-max grid.
+        distillation: Weight of the squared distance to the float teacher's noise prediction.
         seed: Seed of the signs.
     """
 
@@ -34,6 +35,7 @@ class MinMaxConfig:
     adaln_bits: int = 4
     signs: bool = False
     zero_point: Literal["float", "rounded"] = "float"
+    distillation: float = 0.0
     seed: int = 0
 
 
@@ -55,6 +57,11 @@ class MinMax(Method):
     def config(self) -> MinMaxConfig:
         """The frozen settings."""
         return self._config
+
+    @property
+    def distillation(self) -> float:
+        """Weight of the distance to the teacher."""
+        return self.config.distillation
 
     def quant_config(self) -> QuantConfig:
         """Rotation, branch and min-max on every block linear and adaLN."""
