@@ -23,6 +23,7 @@ def test_every_room_is_known() -> None:
         ("primitives", "import numpy"),
         ("primitives", "from dit_qat.layers import QuantLinear"),
         ("layers", "def f():\n    from dit_qat.dit.models import DiT"),
+        ("layers", "from dit_qat import quantize_"),
         ("dit", "import dit_qat.llm.data"),
         ("export", "import dit_qat.cli.main"),
         ("dit", "from ..layers import QuantLinear"),

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def build_classifier(out: Path) -> Path:
     path = out / "digits_classifier.safetensors"
     save_file(train_digit_classifier().state_dict(), path)
+    path.chmod(0o644)  # safetensors makes files that only their owner reads
     return path
 
 

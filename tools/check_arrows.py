@@ -19,6 +19,8 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED["dit"] = ALLOWED["llm"] = {*ALLOWED["export"], "calibration", "allocation", "export"}
 ALLOWED["cli"] = {*ALLOWED["dit"], "dit", "llm"}
 
+ROOT_USERS = {"dit", "llm", "cli"}  # for the version
+
 PRIMITIVES_MAY_IMPORT = {"torch", *sys.stdlib_module_names}
 
 
@@ -42,8 +44,10 @@ def violations(root: Path = ROOT) -> list[str]:
                 found.append(f"{where} imports {name} relatively; write the full name")
                 continue
             top, *rest = name.split(".")
-            if top == "dit_qat" and rest and room in ALLOWED:
-                if rest[0] != room and rest[0] not in ALLOWED[room]:
+            if top == "dit_qat" and room in ALLOWED:
+                # The root package knows every room, so only what stands rightmost may use it.
+                target = rest[0] if rest else "the root package"
+                if target not in {room, *ALLOWED[room]} and not (room in ROOT_USERS and not rest):
                     found.append(f"{where} ({room}) imports {name}")
             elif room == "primitives" and top not in PRIMITIVES_MAY_IMPORT and top != "dit_qat":
                 found.append(f"{where} (primitives) imports {name}: torch and the library only")

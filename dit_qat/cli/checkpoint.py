@@ -1,63 +1,81 @@
 """What a checkpoint says about itself, read before anything long starts."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
+from dit_qat.dit.training.loading import read_checkpoint
 
 __all__ = ["check_fits", "step_of"]
 
-# What torch.load raises for damaged files; OSError comes from mapping one that was cut short.
-_BROKEN = (RuntimeError, EOFError, OSError, UnpicklingError, KeyError, TypeError, ValueError)
+_RESTORED = ("lr_ternary", "lr_low_rank", "lr_float", "betas", "weight_decay")
+"""Optimizer settings that come with the optimizer's state; the others are the configuration's."""
 
 
-def check_fits(path: Path, configured: Mapping[str, Any]) -> None:
-    """Compare the network and method of a checkpoint with those of the configuration.
+def check_fits(path: Path, configured: Mapping[str, Any], continues: bool) -> None:
+    """Compare what a checkpoint says with the configuration.
+
+    Args:
+        path: The checkpoint.
+        configured: Hyper-parameters of the module that is about to load it.
+        continues: Whether training goes on, so that the seed and the optimizer matter as well;
+            other optimizer settings are a warning only.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: if network, method, float layers or seed differ; as ``read_checkpoint``.
     """
-    saved = _read_checkpoint(path)
+    saved = read_checkpoint(path)["hyper_parameters"]
     for part in ("network", "method"):
-        differing = _differences(saved[part] or {}, configured[part] or {})
-        if differing:
-            raise ValueError(
-                f"{path} holds another {part} than the configuration ({'; '.join(differing)}); use "
-                "the config.yaml beside the checkpoint, or start a new run without --ckpt_path"
-            )
+        differing = _differences(saved.get(part) or {}, configured[part] or {})
+        _refuse(path, part, differing)
+    ours, theirs = (list(each.get("float_layers") or []) for each in (configured, saved))
+    _refuse(path, "set of float layers", _unequal("float_layers", theirs, ours))
+    if continues:
+        _refuse(path, "seed", _unequal("seed", saved.get("seed", 0), configured["seed"]))
+        _warn_of_optimizer(path, saved.get("optimizer"), configured["optimizer"])
 
 
 def step_of(ckpt_path: str | None) -> int | None:
     """Optimizer steps behind a checkpoint; None without one."""
-    return None if ckpt_path is None else int(_read_checkpoint(Path(ckpt_path))["step"])
+    return None if ckpt_path is None else int(read_checkpoint(ckpt_path)["global_step"])
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's hyper-parameters and step; its tensors stay on disk.
-
-    Raises:
-        ValueError: if it is damaged or not ours.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {"step": content["global_step"], **content["hyper_parameters"]}
-    except _BROKEN as error:
+def _refuse(path: Path, part: str, differing: list[str]) -> None:
+    if differing:
         raise ValueError(
-            f"{path} is truncated or not a checkpoint of dit-qat fit ({type(error).__name__}: "
-            f"{error}); take an earlier one"
-        ) from error
+            f"{path} holds another {part} than the configuration ({'; '.join(differing)}); use "
+            "the config.yaml beside the checkpoint, or start a new run without --ckpt_path"
+        )
 
 
-def _differences(saved: dict[str, Any], configured: dict[str, Any]) -> list[str]:
+def _warn_of_optimizer(
+    path: Path, saved: Mapping[str, Any] | None, configured: Mapping[str, Any]
+) -> None:
+    differing = _differences(saved or {}, configured)
+    if differing:
+        warnings.warn(
+            f"{path} was trained with other optimizer settings than the configuration's "
+            f"({'; '.join(differing)}): {', '.join(_RESTORED)} go on as saved, warm-up and decay "
+            "as configured; to change the former, start a new run",
+            stacklevel=2,
+        )
+
+
+def _differences(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> list[str]:
     """What a checkpoint's specification says otherwise than the configuration's."""
     ours, theirs = configured.get("class_path"), saved.get("class_path")
     if ours != theirs:
         return [f"{theirs or 'none'} saved, {ours or 'none'} configured"]
     given = configured.get("init_args", {})
     return [
-        f"{name}={value} saved, {given.get(name)} configured"
+        line
         for name, value in saved.get("init_args", {}).items()
-        if given.get(name) != value
+        for line in _unequal(name, value, given.get(name))
     ]
+
+
+def _unequal(name: str, saved: Any, configured: Any) -> list[str]:
+    # Files hand tuples back as lists.
+    one, other = (list(v) if isinstance(v, tuple) else v for v in (saved, configured))
+    return [] if one == other else [f"{name}={saved} saved, {configured} configured"]

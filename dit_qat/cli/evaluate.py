@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_qat.cli.output import claim, save_grid
+from dit_qat.cli.output import check_claim, claim, save_grid
 from dit_qat.dit.data import digit_images
 from dit_qat.dit.evaluation import evaluate_digits, load_images
 from dit_qat.export.files import write_json
@@ -41,6 +41,8 @@ def evaluate(samples: Path, out: Path | None = None, overwrite: bool = False) ->
     pictures = samples / "images" if (samples / "images").is_dir() else samples
     if out is not None and out.resolve() in (samples.resolve(), pictures.resolve()):
         raise ValueError(f"--out {out} is the folder of the samples; choose another")
+    if out is not None:
+        check_claim(out, RESULTS, overwrite)  # before the work; old results stay until it is done
     images = load_images(pictures)
     labels = _labels(pictures, len(images))
     with warnings.catch_warnings(record=True) as caught:

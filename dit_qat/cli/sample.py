@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_qat.cli.output import claim, save_grid
+from dit_qat.cli.output import GRID_IMAGES, claim, save_grid
 from dit_qat.cli.sources import load_network, pick_device
 from dit_qat.dit.evaluation import save_images, save_npz
 from dit_qat.dit.models import DiT
@@ -111,9 +111,9 @@ def _save_pictures(out: Path, batches: Iterator[tuple[list[int], Tensor]], npz: 
     for indices, drawn in batches:
         images = to_uint8(drawn).cpu()
         save_images(out / "images", images, indices)
-        if npz or not kept:
+        if npz or sum(map(len, kept)) < GRID_IMAGES:
             kept.append(images)
-    save_grid(out / "grid.png", kept[:1])
+    save_grid(out / "grid.png", kept[:GRID_IMAGES])
     if npz:
         save_npz(out / "samples.npz", torch.cat(kept))
 

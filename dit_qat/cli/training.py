@@ -1,6 +1,5 @@
 """``dit-qat fit | validate | test``: LightningCLI with our module, callbacks and defaults."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from dit_qat.dit.training import (
     SampleGrids,
     Throughput,
 )
-from dit_qat.dit.training.runs import claim_run, resume_path
+from dit_qat.dit.training.runs import claim_run, read_metrics, resume_path
 from dit_qat.export.files import write_json
 
 __all__ = ["TrainingCLI", "run_training"]
@@ -91,6 +90,8 @@ class TrainingCLI(LightningCLI):
         self.starts_anew = self.subcommand == "fit" and not inside
         if self.starts_anew and not config.overwrite:
             claim_run(root, overwrite=False)
+        if self.subcommand != "fit":
+            read_metrics(root / "metrics.json")  # refused now, rather than after the work
 
     def instantiate_classes(self) -> None:
         """Build everything; only when that went well, old results make room for new ones."""
@@ -99,7 +100,7 @@ class TrainingCLI(LightningCLI):
             silence_worker_advice()
         config = self.config[self.subcommand]
         if config.ckpt_path is not None:
-            check_fits(Path(config.ckpt_path), self.model.hparams)
+            check_fits(Path(config.ckpt_path), self.model.hparams, self.subcommand == "fit")
         if self.starts_anew and config.overwrite:
             claim_run(Path(config.trainer.default_root_dir), overwrite=True)
         self.started = time.perf_counter()
@@ -127,11 +128,11 @@ class TrainingCLI(LightningCLI):
 
     def after_validate(self) -> None:
         """Add to metrics.json."""
-        self._write_metrics(_read_metrics(self._metrics_path))
+        self._write_metrics(read_metrics(self._metrics_path))
 
     def after_test(self) -> None:
         """Add to metrics.json."""
-        self._write_metrics(_read_metrics(self._metrics_path))
+        self._write_metrics(read_metrics(self._metrics_path))
 
     @property
     def _metrics_path(self) -> Path:
@@ -192,7 +193,3 @@ def _run_seed(seed: bool | int) -> int:
     if not 0 <= seed < _SEED_LIMIT:
         raise ValueError(f"seed_everything={seed} is outside 0..{_SEED_LIMIT - 1}")
     return seed
-
-
-def _read_metrics(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}

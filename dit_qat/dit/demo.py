@@ -27,7 +27,7 @@ from dit_qat.dit.report import (
     write_report,
 )
 from dit_qat.dit.sampling import SamplerConfig
-from dit_qat.export.files import write_json
+from dit_qat.export.files import write_json, written_whole
 from dit_qat.export.inspect import describe
 from dit_qat.layers import quantize_
 
@@ -165,7 +165,8 @@ def _write_pictures(
         "sensitivity.png": sensitivity_plot(sensitivity),
     }
     for name, png in pictures.items():
-        (out / name).write_bytes(png)
+        with written_whole(out / name) as temporary:
+            temporary.write_bytes(png)
 
 
 def _pair(left: Tensor, right: Tensor) -> bytes:

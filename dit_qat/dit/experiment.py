@@ -58,16 +58,14 @@ class Scored:
 
 
 class _LossCurve(pl.Callback):
-    """Keep the training loss of every step."""
+    """Keep DiT's training loss of every step, without the distance to a teacher."""
 
     def __init__(self) -> None:
         self.curve: Curve = ([], [])
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         self.curve[0].append(trainer.global_step)
-        self.curve[1].append(float(outputs["loss"]))
+        self.curve[1].append(float(trainer.callback_metrics["train/loss"]))
 
 
 def digits_sampler(seed: int, steps: int = 50) -> SamplerConfig:
@@ -89,25 +87,30 @@ def train_quantized(
 
     Returns:
         The module with its averaged weights, and the training loss by step.
+
+    Raises:
+        KeyboardInterrupt: if a signal ended the training; its checkpoint is in ``root``.
     """
     network = DiT(**load_dit("digits").config)
     module = DiTTraining(
         network, method, float_weights="digits", optimizer=recipe.optimizer, seed=seed
     )
-    curve = _LossCurve()
+    curve, checkpoints = _LossCurve(), Checkpoints(recipe.steps)
     with _quiet():
         trainer = pl.Trainer(
             default_root_dir=root,
             max_steps=recipe.steps,
             accelerator="cpu",
             logger=False,
-            callbacks=[EMA(recipe.ema_decay), Checkpoints(recipe.steps), curve],
+            callbacks=[EMA(recipe.ema_decay), checkpoints, curve],
             enable_progress_bar=progress,
             enable_model_summary=False,
             check_val_every_n_epoch=None,
             limit_val_batches=0,
         )
         trainer.fit(module, Digits(recipe.batch_size))
+    if checkpoints.stopped_by is not None:
+        raise KeyboardInterrupt  # a half-trained model is nothing to score
     return module.eval(), curve.curve
 
 

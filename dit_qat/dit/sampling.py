@@ -95,7 +95,7 @@ def sample_images(
 
     Raises:
         ValueError: If indices or labels are invalid, or guidance needs a null class that the
-            model lacks.
+            model lacks; from the iterator, if images are not finite.
     """
     wanted = list(indices)
     if len(set(wanted)) != len(wanted) or min(wanted, default=0) < 0:
@@ -131,7 +131,20 @@ def _batches(
             rows = range(first, first + size)
             y = None if label_of is None else torch.tensor([label_of(row) for row in rows])
             images = _sample_batch(model, config, rows, y, bar)
-            yield group, images[[index - first for index in group]]
+            asked_for = images[[index - first for index in group]]
+            _check_finite(asked_for)
+            yield group, asked_for
+
+
+def _check_finite(images: Tensor) -> None:
+    """Refuse what rounding to uint8 would turn into black images, which scores would accept."""
+    broken = int((~images.isfinite()).flatten(1).any(dim=1).sum())
+    if broken:
+        raise ValueError(
+            f"{broken} of {len(images)} images drawn hold NaN or infinite values: most likely the "
+            "weights diverged in training; take an earlier checkpoint (or, if it is the sampler, "
+            'less guidance or precision="fp32")'
+        )
 
 
 def _sample_batch(

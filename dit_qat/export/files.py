@@ -2,23 +2,29 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["claim_folder", "write_json", "written_whole"]
+__all__ = ["check_folder", "claim_folder", "write_json", "written_whole"]
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; flush and rename it when the block ends well.
 
-    Whatever happens, ``path`` is its old content or its new one, and no temporary file stays.
-    Missing folders are made.
+    Whatever happens, ``path`` is its old content or its new one. An error leaves no temporary
+    file; a process that is killed leaves its ``.NAME.PID.tmp``, which the next process to write
+    ``path`` removes, unless a process of that number runs then. Missing folders are made. Only
+    processes of one machine may write the same ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for orphan in _orphans(path.parent.absolute()).get(path.name, ()):
+        orphan.unlink(missing_ok=True)
     # In the same folder, for a rename is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,20 +36,47 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@cache  # a listing per process and folder: per file, thousands of images would take hours
+def _orphans(folder: Path) -> dict[str, list[Path]]:
+    """Temporary files of processes that are gone, by the name they were to get."""
+    found: dict[str, list[Path]] = {}
+    for path in folder.glob(".*.tmp"):
+        match = re.fullmatch(r"\.(.+)\.(\d+)\.tmp", path.name)
+        if match and not _runs(int(match[2])):
+            found.setdefault(match[1], []).append(path)
+    return found
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process; where that cannot be asked, yes."""
+    if os.name != "posix":  # elsewhere, the question would be a signal
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write plain values, indented."""
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def claim_folder(folder: Path, names: Sequence[str], overwrite: bool, cure: str) -> None:
-    """Make a folder for results, or make sure that it holds none.
+def check_folder(folder: Path, names: Sequence[str], overwrite: bool, cure: str) -> list[Path]:
+    """Make sure that a folder may be claimed, without touching it.
 
     Args:
-        folder: Where the results will go; made if it does not exist.
+        folder: Where the results will go.
         names: Files and folders that are going to be written there.
-        overwrite: Remove those of an earlier run (and nothing else).
+        overwrite: Whether those of an earlier run may go.
         cure: What the user can do, for the message.
+
+    Returns:
+        Those of an earlier run.
 
     Raises:
         FileExistsError: if there are some and ``overwrite`` is False.
@@ -55,6 +88,14 @@ def claim_folder(folder: Path, names: Sequence[str], overwrite: bool, cure: str)
     if found and not overwrite:
         listed = ", ".join(path.name for path in found)
         raise FileExistsError(f"{folder} already holds results ({listed}); {cure}")
-    for path in found:
+    return found
+
+
+def claim_folder(folder: Path, names: Sequence[str], overwrite: bool, cure: str) -> None:
+    """Make a folder for results; with ``overwrite``, remove those of an earlier run from it.
+
+    Nothing but ``names`` is removed; arguments and errors as in :func:`check_folder`.
+    """
+    for path in check_folder(folder, names, overwrite, cure):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)

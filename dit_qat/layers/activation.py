@@ -104,7 +104,7 @@ class ActivationQuantizer(ABC):
 
 @dataclass(frozen=True)
 class RobustQuantizer(ActivationQuantizer):
-    """One fixed grid for N(0, 1) after per-token standardisation (RobuQ, section 3.3).
+    """One fixed grid for N(0, 1) after per-token standardisation (RobuQ, arXiv:2509.23582).
 
     A full-width Hadamard rotation makes every token's coordinates nearly normal, so the token's
     RMS times the MSE-optimal step for N(0, 1) is the whole quantizer. Mid-rise: no zero level.
@@ -177,7 +177,7 @@ class AbsMaxQuantizer(ActivationQuantizer):
 
 @dataclass(frozen=True)
 class AbsMeanQuantizer(ActivationQuantizer):
-    """BitNet v2's 4-bit form: ``step = mean|x| / sqrt(7)`` (arXiv:2504.18415, equation 5).
+    """BitNet v2's 4-bit form: ``step = mean|x| / sqrt(7)`` (arXiv:2504.18415).
 
     Raises:
         ValueError: for bits other than 4, where the form is not defined.

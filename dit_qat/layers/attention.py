@@ -1,6 +1,7 @@
 """Quantized activation-by-activation products of attention, 8 bits by 8 bits."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import Attention
@@ -8,10 +9,20 @@ from torch import Tensor, nn
 
 from dit_qat.primitives.formats import UniformGrid
 from dit_qat.primitives.scales import absmax, safe, widen
-from dit_qat.primitives.ste import straight_through
-from dit_qat.primitives.uniform import decode, encode
+from dit_qat.primitives.uniform import encode
 
-__all__ = ["AttentionConfig", "QuantAttention", "quantize_dynamic", "quantize_probabilities"]
+__all__ = [
+    "AttentionConfig",
+    "Operand",
+    "QuantAttention",
+    "quantize_dynamic",
+    "quantize_probabilities",
+    "quantized_matmul",
+]
+
+Dtype = torch.dtype | None
+
+_CODE_UNIT = 256  # a power of two, so that nothing rounds
 
 
 @dataclass(frozen=True)
@@ -29,28 +40,94 @@ class AttentionConfig:
             raise ValueError(f"attention bits={self.bits} is outside 2..8; choose bits in it")
 
 
-def quantize_dynamic(x: Tensor, bits: int, dim: int) -> Tensor:
-    """Fake-quantize symmetrically up to the largest magnitude along ``dim``, straight-through."""
-    grid = UniformGrid(bits, "symmetric")
-    with torch.no_grad():
-        exact = widen(x)
-        step = safe(absmax(exact, dim) / grid.code_max)
-        quantized = decode(encode(exact, step, grid), step, grid).to(x.dtype)
-    return straight_through(x, quantized)
+class Operand(NamedTuple):
+    """One side of a quantized product.
+
+    Attributes:
+        value: The float tensor, which receives the gradient.
+        codes: Its codes over 256, in the dtype of the product: exact, and small enough for sums of
+            products to stay within float16.
+        step: What codes are multiplied by; constant along the dimension that the product sums over.
+    """
+
+    value: Tensor
+    codes: Tensor
+    step: Tensor
+
+    @property
+    def transposed(self) -> "Operand":
+        """The operand with its last two dimensions exchanged."""
+        return Operand(self.value.mT, self.codes.mT, self.step.mT)
 
 
-def quantize_probabilities(p: Tensor, bits: int) -> Tensor:
-    """Fake-quantize softmax outputs on the fixed unsigned grid of [0, 1], straight-through."""
-    grid = UniformGrid(bits, "unsigned")
-    with torch.no_grad():
-        exact = widen(p)
-        step = exact.new_full((), 1 / grid.code_max)
-        quantized = decode(encode(exact, step, grid), step, grid).to(p.dtype)
-    return straight_through(p, quantized)
+def _operand(x: Tensor, exact: Tensor, step: Tensor, grid: UniformGrid, dtype: Dtype) -> Operand:
+    codes = encode(exact, step, grid).div_(_CODE_UNIT)
+    return Operand(x, codes.to(x.dtype if dtype is None else dtype), step * _CODE_UNIT)
+
+
+@torch.no_grad()
+def quantize_dynamic(x: Tensor, bits: int, dim: int, dtype: Dtype = None) -> Operand:
+    """Quantize symmetrically up to the largest magnitude along ``dim``, for products in dtype."""
+    grid, exact = UniformGrid(bits, "symmetric"), widen(x)
+    return _operand(x, exact, safe(absmax(exact, dim) / grid.code_max), grid, dtype)
+
+
+@torch.no_grad()
+def quantize_probabilities(p: Tensor, bits: int, dtype: Dtype = None) -> Operand:
+    """Quantize softmax outputs on the fixed unsigned grid of [0, 1], for products in dtype."""
+    grid, exact = UniformGrid(bits, "unsigned"), widen(p)
+    return _operand(p, exact, exact.new_full((1, 1), 1 / grid.code_max), grid, dtype)
+
+
+def quantized_matmul(a: Operand, b: Operand) -> Tensor:
+    """Multiply codes, which half precision holds exactly, and scale the product once.
+
+    Gradients pass straight through to both values.
+
+    Args:
+        a: (..., n, k) with steps (..., n, 1).
+        b: (..., k, m) with steps (..., 1, m).
+
+    Returns:
+        (..., n, m) in float32 or finer.
+    """
+    result: Tensor = _QuantizedMatmul.apply(
+        a.value, b.value, a.codes.detach(), b.codes.detach(), a.step, b.step
+    )
+    return result
+
+
+class _QuantizedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        a_codes: Tensor,
+        b_codes: Tensor,
+        a_step: Tensor,
+        b_step: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(a_codes, b_codes, a_step, b_step)
+        ctx.dtypes = a.dtype, b.dtype
+        return widen(a_codes @ b_codes).mul_(a_step).mul_(b_step)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        a_codes, b_codes, a_step, b_step = ctx.saved_tensors
+        grad_a = grad_b = None
+        # The steps go to the gradient while it is wide, so that codes stay exact here too.
+        if ctx.needs_input_grad[0]:
+            grad_a = ((grad * b_step).to(b_codes.dtype) @ b_codes.mT).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            grad_b = (a_codes.mT @ (grad * a_step).to(a_codes.dtype)).to(ctx.dtypes[1])
+        return grad_a, grad_b, None, None, None, None
 
 
 class QuantAttention(nn.Module):
-    """timm's attention with both products on quantized operands (RobuQ, section 4: A-A at 8/8).
+    """timm's attention with both products on quantized operands (RobuQ, arXiv:2509.23582).
 
     Queries and keys carry one scale per token and head; softmax outputs use the fixed grid of
     [0, 1]; values carry one scale per head and channel, because the second product sums over
@@ -90,11 +167,12 @@ class QuantAttention(nn.Module):
         qkv = self.qkv(x).reshape(images, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         bits = self.config.bits
-        q = quantize_dynamic(self.q_norm(q), bits, dim=-1)
-        k = quantize_dynamic(self.k_norm(k), bits, dim=-1)
-        v = quantize_dynamic(v, bits, dim=-2)
-        p = quantize_probabilities((q @ k.mT * self.scale).softmax(-1), bits)
-        heads = p.to(v.dtype) @ v
+        query = quantize_dynamic(self.q_norm(q), bits, dim=-1, dtype=v.dtype)
+        key = quantize_dynamic(self.k_norm(k), bits, dim=-1, dtype=v.dtype)
+        value = quantize_dynamic(v, bits, dim=-2)
+        logits = quantized_matmul(query, key.transposed) * self.scale
+        probabilities = quantize_probabilities(logits.softmax(-1), bits, dtype=v.dtype)
+        heads = quantized_matmul(probabilities, value).to(v.dtype)
         result: Tensor = self.proj(heads.transpose(1, 2).reshape(images, tokens, -1))
         return result
 

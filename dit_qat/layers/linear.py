@@ -37,7 +37,7 @@ class HadamardRotation:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Float low-rank branch beside the ternary residual (RobuQ, section 3.2).
+    """Float low-rank branch beside the ternary residual (RobuQ, arXiv:2509.23582).
 
     Attributes:
         rank: 1 .. min(out, in).
@@ -73,7 +73,7 @@ class LayerConfig:
 
 
 class QuantLinear(nn.Module):
-    """``y = Q_a(x H) Q_w(W)^T + (x H) B^T A^T + bias`` (RobuQ, section 3.2).
+    """``y = Q_a(x H) Q_w(W)^T + (x H) B^T A^T + bias`` (RobuQ, arXiv:2509.23582).
 
     ``weight`` (out, in) is the float latent of the ternary residual, kept in the rotated basis;
     ``low_rank_up`` is A (out, rank), ``low_rank_down`` is B (rank, in). The branch reads the

@@ -60,7 +60,7 @@ def layer_statistics(layer: QuantLinear, x: Tensor) -> LayerStatistics:
     if layer.low_rank_up is not None and layer.low_rank_down is not None:
         branch = F.linear(F.linear(rotated, layer.low_rank_down), layer.low_rank_up)
     exact = F.linear(rotated, layer.weight) + branch
-    output = F.linear(quantized, codes * scale) + branch
+    output = F.linear(quantized, (codes * scale).to(quantized.dtype)) + branch
     return LayerStatistics(
         clip_rate=clip_rate,
         zero_fraction=float((codes == 0).float().mean()),

@@ -102,7 +102,9 @@ def _search_factors(n: int) -> tuple[int, ...]:
     _require_order(n)
     if n <= _SINGLE_LIMIT:
         return (n,)
-    best = min(_factorisations(n), key=lambda factors: (_cost(factors), factors))
+    # A pass of order 2 moves as much memory as any other: only where nothing else makes n.
+    candidates = [*_factorisations(n)] or [*_factorisations(n, least=2)]
+    best = min(candidates, key=lambda factors: (_cost(factors), factors))
     # Powers of two go last: the last factor is a plain matrix product with contiguous rows, and a
     # wide one behind the others keeps their batched products wide.
     return tuple(sorted(best, key=lambda f: (f & (f - 1) == 0, f)))

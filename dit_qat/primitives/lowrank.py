@@ -11,7 +11,7 @@ __all__ = ["split_alternating", "split_svd"]
 
 
 def split_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-r factors of the weight: ``A = U_r S_r``, ``B = V_r^T`` (RobuQ, section 3).
+    """Best rank-r factors of the weight: ``A = U_r S_r``, ``B = V_r^T`` (RobuQ, arXiv:2509.23582).
 
     Args:
         weight: (out, in).

@@ -51,7 +51,7 @@ def clip_gradient(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
 
 
 def trust_mask(x: Tensor, quantized: Tensor, bound: Tensor | float) -> Tensor:
-    """True where the rounding error is at most ``bound`` (QuEST, arXiv:2502.05003, section 3.2).
+    """True where the rounding error is at most ``bound`` (QuEST, arXiv:2502.05003).
 
     On a uniform grid rounding errors inside the outer edge are at most half a step, so a bound of
     half a step is the clip mask at the outer edge, and half a step more moves it out by as much.

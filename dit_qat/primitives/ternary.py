@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_qat.primitives.scales import rms, safe
+from dit_qat.primitives.scales import rms, safe, widen
 
 __all__ = [
     "GAUSSIAN_THRESHOLD",
@@ -29,9 +29,9 @@ GAUSSIAN_THRESHOLD = 0.612003
 
 
 def ternary_codes(weight: Tensor, threshold: Tensor, out: Tensor | None = None) -> Tensor:
-    """Codes -1, 0, +1 in the weight's dtype: +-1 where the magnitude exceeds ``threshold``.
+    """Codes -1, 0, +1 in the finer dtype of both: +-1 where the magnitude exceeds ``threshold``.
 
-    ``out`` is a tensor like ``weight`` to write them to.
+    ``out`` is a tensor of that dtype, shaped like ``weight``, to write them to.
     """
     return torch.div(weight, 2 * threshold, out=out).round_().clamp_(-1, 1)
 
@@ -50,7 +50,7 @@ def ternarize(
         per_channel: One scale per output channel, or one for the tensor.
 
     Returns:
-        ``codes`` (out, in) in the weight's dtype, ``scale`` (out, 1) or (1, 1).
+        ``codes`` (out, in) in the weight's dtype, ``scale`` (out, 1) or (1, 1) in float32 or finer.
 
     Raises:
         ValueError: for an unknown fit.
@@ -68,15 +68,16 @@ def fit_ternary(
     weight: Tensor, fit: TernaryFit, per_channel: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Like :func:`ternarize`, and the threshold, from which :func:`ternary_codes` repeats codes."""
-    magnitude = weight.abs()
+    exact = widen(weight)
+    magnitude = exact.abs()
     threshold, scale = _threshold(magnitude, fit, -1 if per_channel else None)
     # A weight is large and fresh memory costs more than arithmetic: use it twice.
-    codes = ternary_codes(weight, threshold, out=magnitude)
+    codes = ternary_codes(exact, threshold, out=magnitude)
     if scale is None:
         dims = (-1,) if per_channel else (-2, -1)
         count = codes.abs().sum(dims, keepdim=True)
-        scale = (weight * codes).sum(dims, keepdim=True) / count.clamp_min(1)
-    return codes, scale, threshold
+        scale = (exact * codes).sum(dims, keepdim=True) / count.clamp_min(1)
+    return codes.to(weight.dtype), scale, threshold
 
 
 def _threshold(magnitude: Tensor, fit: TernaryFit, dim: int | None) -> tuple[Tensor, Tensor | None]:

@@ -36,6 +36,7 @@ _ROBUQ = (
     *("--model.method", "dit_qat.dit.methods.RobuQ"),
     *("--model.method.init_args.rank", "4"),
     *("--model.method.init_args.activation_bits", "3"),
+    *("--model.method.init_args.distillation", "0"),  # there is no teacher
 )
 
 

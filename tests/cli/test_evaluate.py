@@ -71,12 +71,25 @@ class TestRefusals:
     def test_nothing_there(self, refused, tmp_path):
         assert "does not exist" in refused("evaluate", "--samples", tmp_path / "no")
 
-    def test_folder_with_results(self, refused, contents, samples, tmp_path):
+    def test_folder_with_results(self, refused, contents, samples, tmp_path, monkeypatch):
+        def score(*_):
+            raise AssertionError("the images were scored first")
+
+        monkeypatch.setattr("dit_qat.cli.evaluate.evaluate_digits", score)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "metrics.json").write_text("precious")
         message = refused("evaluate", "--samples", samples, "--out", tmp_path / "out")
         assert "already holds results (metrics.json)" in message
         assert contents(tmp_path / "out") == {tmp_path / "out" / "metrics.json": b"precious"}
+
+    def test_bad_images_even_with_overwrite(self, refused, contents, tmp_path):
+        save_npz(tmp_path / "rgb.npz", torch.zeros(8, 3, 8, 8, dtype=torch.uint8))
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "metrics.json").write_text("precious")
+        options = ["--samples", tmp_path / "rgb.npz", "--out", out, "--overwrite"]
+        assert "(8, 3, 8, 8)" in refused("evaluate", *options)
+        assert contents(out) == {out / "metrics.json": b"precious"}
 
     @pytest.mark.parametrize("where", ["", "images"])
     def test_the_samples_themselves(self, where, refused, contents, samples):

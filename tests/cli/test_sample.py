@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dit_qat.cli.main import main
 from dit_qat.dit.evaluation import load_images
@@ -51,6 +52,31 @@ def test_embedded_weights_and_all_classes_in_turn(tmp_path):
     assert metrics["labels"] == [*range(10), 0, 1]
     assert len(list((out / "images").iterdir())) == 12
     assert not (out / "samples.npz").exists()
+
+
+def test_the_grid_shows_a_hundred_images_of_all_batches(latent_weights, network, tmp_path):
+    save_dit(DiT(**network), latent_weights)
+    source = ["--weights", str(latent_weights), "--sampler.steps", "1"]
+    for num, rows in ((12, 2), (103, 10)):
+        out = tmp_path / str(num)
+        options = ["--out", str(out), "--num", str(num), "--sampler.batch_size", "4"]
+        assert main(["sample", *source, *options]) == 0
+        drawn = load_images(out / "images")
+        with Image.open(out / "grid.png") as picture:
+            grid = torch.from_numpy(np.array(picture))[::4, ::4]
+        assert grid.shape == (8 * rows, 80)
+        last = min(num, 100) - 1
+        row, column = 8 * (last // 10), 8 * (last % 10)
+        assert torch.equal(grid[row : row + 8, column : column + 8], drawn[last, 0])
+
+
+def test_diverged_weights_are_refused(latent_weights, network, tmp_path, refused):
+    model = DiT(**network)
+    with torch.no_grad():
+        model.final_layer.linear.bias.fill_(1e38)
+    save_dit(model, latent_weights)
+    source = ["--weights", latent_weights, "--out", tmp_path / "out", "--num", "3", *SAMPLER]
+    assert "3 of 3 images drawn hold NaN or infinite values" in refused("sample", *source)
 
 
 def test_latents(latent_weights, tmp_path, refused):

@@ -107,6 +107,26 @@ class TestScores:
         metrics = json.loads((tmp_path / "metrics.json").read_text())
         assert set(metrics) == {"validate", "test"}
 
+    @pytest.mark.parametrize("content", ["{", '{"fd_digits": 1.0}'])
+    def test_metrics_of_others_are_refused_before_the_work(
+        self, content, float_run, tmp_path, refused, contents
+    ):
+        (tmp_path / "metrics.json").write_text(content)
+        before = contents(tmp_path)
+        options = ["--trainer.default_root_dir", tmp_path]
+        options += ["--ckpt_path", float_run / "checkpoints" / "last.ckpt"]
+        message = refused("test", "--config", float_run / "config.yaml", *options)
+        assert "metrics.json" in message
+        assert "move it away" in message
+        assert contents(tmp_path) == before
+
+    def test_another_seed_scores_on_other_noise(self, float_run, tmp_path):
+        path, config = float_run / "checkpoints" / "last.ckpt", float_run / "config.yaml"
+        options = ["--ckpt_path", path, "--seed_everything", 3]
+        assert fit(config, tmp_path, *options, verb="validate") == 0
+        own = json.loads((tmp_path / "metrics.json").read_text())["validate"]["metrics"]
+        assert own["val/loss"] != pytest.approx(validation_loss(path, "ema"), rel=1e-6)
+
 
 class TestSignals:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -240,6 +260,37 @@ class TestRefusals:
         message = refused_fit("--ckpt_path", quantized_run / "checkpoints" / "last.ckpt")
         assert "RobuQ saved, none configured" in message
 
+    def test_checkpoint_of_another_seed(self, refused_fit, float_run):
+        path = float_run / "checkpoints" / "last.ckpt"
+        message = refused_fit("--ckpt_path", path, "--seed_everything", 5)
+        assert "another seed than" in message
+        assert "seed=0 saved, 5 configured" in message
+
+    def test_checkpoint_of_other_float_layers(self, refused_fit, quantized_run, robuq):
+        path = quantized_run / "checkpoints" / "last.ckpt"
+        options = (*robuq, "--model.float_layers", '["blocks.0.*"]')
+        message = refused_fit("--ckpt_path", path, *options)
+        assert "float_layers=[] saved, ['blocks.0.*'] configured" in message
+
+    def test_other_optimizer_settings_are_a_warning(self, config, float_run, tmp_path):
+        path = float_run / "checkpoints" / "last.ckpt"
+        options = ["--ckpt_path", path, "--trainer.max_steps", 7]
+        with pytest.warns(UserWarning, match=r"lr_float=0\.001 saved, 0\.5 conf.*go on as saved"):
+            assert fit(config, tmp_path, *options, "--model.optimizer.lr_float", 0.5) == 0
+
+    def test_foreign_checkpoint(self, refused_fit, tmp_path):
+        path = tmp_path / "other.ckpt"
+        content = {"global_step": 3, "state_dict": {}, "hyper_parameters": {"lr": 0.1}}
+        torch.save(content, path)
+        assert "is not a checkpoint of dit-qat fit" in refused_fit("--ckpt_path", path)
+
+    def test_somebodys_metrics(self, refused, config, contents, tmp_path):
+        (tmp_path / "metrics.json").write_text("precious")
+        before = contents(tmp_path)
+        message = refused("fit", "--config", config, "--trainer.default_root_dir", tmp_path)
+        assert "already holds results (metrics.json)" in message
+        assert contents(tmp_path) == before
+
     def test_damaged_checkpoint(self, refused_fit, float_run, tmp_path):
         path = tmp_path / "cut.ckpt"
         path.write_bytes((float_run / "checkpoints" / "last.ckpt").read_bytes()[:5000])
@@ -273,7 +324,7 @@ class TestRefusals:
         header = 8 + int.from_bytes(content[:8], "little")
         nan = b"\x00\x00\xc0\x7f"
         path.write_bytes(content[:header] + nan + content[header + 4 :])
-        assert "NaN" in refused_fit("--model.float_weights", path)
+        assert "sha256" in refused_fit("--model.float_weights", path)
 
     def test_diverging_loss(self, refused, config, tmp_path):
         options = ["--model.optimizer.lr_float", 1e30, "--model.optimizer.warmup_steps", 0]

@@ -292,6 +292,20 @@ def test_wrong_requests_fail_before_any_work(model, indices, labels, message):
         sample_images(model, SamplerConfig(batch_size=2), indices, labels)
 
 
+def test_images_that_are_not_finite_are_an_error_instead_of_black():
+    class Diverged(ExactGaussian):
+        def forward(self, x, t, y=None):
+            output = super().forward(x, t, y).clone()
+            output[1, 0, 3, 3] = torch.nan
+            output[2] = torch.inf
+            return output
+
+    config = SamplerConfig(steps=2, batch_size=4)
+    with pytest.raises(ValueError, match=r"2 of 4 images .*diverged in training"):
+        draw(Diverged(2), config, range(4))
+    assert sorted(draw(Diverged(2), config, [0, 3])) == [0, 3]  # which are sound
+
+
 def test_guidance_and_labels_need_a_conditional_model():
     unconditional = ExactGaussian(2)
     with pytest.raises(ValueError, match="no null class"):

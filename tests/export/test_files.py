@@ -1,11 +1,14 @@
 """Files written whole, folders claimed."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from dit_qat.export.files import claim_folder, write_json, written_whole
+from dit_qat.export.files import check_folder, claim_folder, write_json, written_whole
 
 
 def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
@@ -32,6 +35,32 @@ def test_success_replaces_and_makes_folders(tmp_path: Path) -> None:
         temporary.write_text("{}")
     assert path.read_text() == "{}"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks for processes by signal 0")
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    code = "import os; print(os.getpid())"
+    gone = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    names = {
+        "killed": f".a.json.{gone}.tmp",
+        "another target": f".b.json.{gone}.tmp",
+        "still writing": f".a.json.{os.getppid()}.tmp",
+        "not ours": ".a.json.swap.tmp",
+    }
+    for name in names.values():
+        (tmp_path / name).write_text("half")
+    write_json(tmp_path / "a.json", {})
+    del names["killed"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", *names.values()}
+
+
+def test_checking_a_folder_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "grid.png").write_text("x")
+    with pytest.raises(FileExistsError, match=r"grid\.png\); do something"):
+        check_folder(tmp_path, ["grid.png"], False, "do something")
+    assert check_folder(tmp_path, ["grid.png", "b"], True, "") == [tmp_path / "grid.png"]
+    assert check_folder(tmp_path / "new", ["grid.png"], False, "") == []
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
 def test_only_named_results_are_refused_and_removed(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from dit_qat.layers.attention import (
     AttentionConfig,
+    Operand,
     QuantAttention,
     quantize_dynamic,
     quantize_probabilities,
+    quantized_matmul,
 )
 
 
@@ -28,6 +30,10 @@ def attention(**kwargs: object) -> Attention:
 
 def distance(a: Tensor, b: Tensor) -> float:
     return float((a.detach() - b.detach()).norm() / b.detach().norm())
+
+
+def dequantized(operand: Operand) -> Tensor:
+    return operand.codes.double() * operand.step.double()
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -59,7 +65,7 @@ def test_gradients_are_close_to_the_float_ones(norm: bool) -> None:
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_dynamic_quantization_is_off_by_half_a_step(bits: int, dim: int) -> None:
     x = normal(2, 4, 10, 16, dtype=torch.float64)
-    quantized = quantize_dynamic(x, bits, dim)
+    quantized = dequantized(quantize_dynamic(x, bits, dim))
     step = x.abs().amax(dim, keepdim=True) / (2 ** (bits - 1) - 1)
     assert ((quantized - x).abs() <= step / 2 + 1e-12).all()
     codes = quantized / step
@@ -69,22 +75,73 @@ def test_dynamic_quantization_is_off_by_half_a_step(bits: int, dim: int) -> None
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_probabilities_keep_zero_and_one(bits: int) -> None:
     p = torch.cat([torch.tensor([0.0, 1.0]), torch.linspace(0, 1, 1000)]).double()
-    quantized = quantize_probabilities(p, bits)
-    assert quantized[:2].tolist() == [0, 1]
+    quantized = dequantized(quantize_probabilities(p, bits)).squeeze(0)
+    assert quantized[:2].tolist() == pytest.approx([0, 1], abs=1e-12)
     assert (quantized - p).abs().max() <= 0.5 / (2**bits - 1) + 1e-12
     assert len(quantized.unique()) == 2**bits
 
 
-def test_both_pass_their_gradient_straight_through() -> None:
-    x, grad = normal(2, 3, 5, 8).requires_grad_(), normal(2, 3, 5, 8).flip(0)
-    for function in (lambda x: quantize_dynamic(x, 3, -1), lambda x: quantize_probabilities(x, 3)):
-        x.grad = None
-        function(x).backward(grad)
-        assert torch.equal(x.grad, grad)
+def operands(bits: int, dtype: torch.dtype) -> list[tuple[Operand, Operand]]:
+    """Operands of both products of attention, as attention builds them."""
+    x = normal(3, 2, 50, 72, dtype=dtype).requires_grad_()
+    q, k, v = x.unbind(0)
+    p = normal(2, 50, 50).mul(3).softmax(-1).requires_grad_()
+    return [
+        (quantize_dynamic(q, bits, -1), quantize_dynamic(k, bits, -1).transposed),
+        (quantize_probabilities(p, bits, dtype), quantize_dynamic(v, bits, -2)),
+    ]
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [(torch.float32, 1e-6), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)],
+)
+def test_products_are_those_of_the_quantized_operands(
+    bits: int, dtype: torch.dtype, rounding: float
+) -> None:
+    for a, b in operands(bits, dtype):
+        exact = dequantized(a) @ dequantized(b)
+        product = quantized_matmul(a, b)
+        assert product.dtype == torch.float32
+        floor = exact.abs().max() * 1e-6
+        assert ((product.double() - exact).abs() <= rounding * exact.abs() + floor).all()
+        units = (a.codes * 256, b.codes * 256)
+        assert all(torch.equal(codes, codes.round()) for codes in units)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 5e-3)]
+)
+def test_gradients_pass_straight_through(dtype: torch.dtype, rounding: float) -> None:
+    for a, b in operands(3, dtype):
+        grad = normal(2, 50, b.codes.shape[-1])
+        got = torch.autograd.grad(quantized_matmul(a, b), (a.value, b.value), grad)
+        expected = (grad.double() @ dequantized(b).mT, dequantized(a).mT @ grad.double())
+        for gradient, value, reference in zip(got, (a.value, b.value), expected, strict=True):
+            assert gradient.dtype == value.dtype
+            assert distance(gradient.double(), reference) < rounding
+
+
+def test_attention_in_bfloat16_stays_on_its_grid() -> None:
+    """Queries equal keys equal 0: every p is 1/k, and the output the exact mean on the grid."""
+    tokens, grid = 12, 255
+    exact = attention().bfloat16()
+    with torch.no_grad():
+        exact.qkv.weight[:128] = 0
+        exact.qkv.bias.zero_()
+        exact.proj.weight.copy_(torch.eye(64))
+        exact.proj.bias.zero_()
+    x = normal(1, tokens, 64, dtype=torch.bfloat16)
+    v = (x @ exact.qkv.weight[128:].T).double()
+    step = v.abs().amax(1, keepdim=True) / 127
+    expected = round(grid / tokens) / grid * ((v / step).round() * step).sum(1, keepdim=True)
+    y = QuantAttention(exact, AttentionConfig())(x).double()
+    assert ((y - expected).abs() <= 2**-7 * expected.abs() + 1e-6).all()
 
 
 def test_zeros_and_bfloat16() -> None:
-    assert not quantize_dynamic(torch.zeros(2, 3), 8, -1).any()
+    assert not dequantized(quantize_dynamic(torch.zeros(2, 3), 8, -1)).any()
     module = QuantAttention(attention(), AttentionConfig())
     assert module(torch.zeros(1, 4, 64)).isfinite().all()
     x = normal(3, 10, 64)
@@ -99,6 +156,8 @@ def test_it_compiles_without_graph_breaks() -> None:
     module, x = QuantAttention(attention(), AttentionConfig()), normal(2, 5, 64)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), module(x))
+    gradients = [torch.autograd.grad(f(x).sum(), module.qkv.weight)[0] for f in (compiled, module)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_names_stay_and_the_way_back_is_exact() -> None:

@@ -76,6 +76,13 @@ def test_zeros_and_half_precision_give_numbers() -> None:
         assert all(value == value for value in astuple(layer_statistics(module, x)))
 
 
+def test_half_precision_layers_are_measured_like_wide_ones() -> None:
+    module, x = layer(RobustQuantizer(4), rank=8), normal(20, 1152)
+    wide = layer_statistics(module, x)
+    half = layer_statistics(module.bfloat16(), x)
+    assert astuple(half) == pytest.approx(astuple(wide), rel=0.1)
+
+
 def test_normalized_error() -> None:
     x = normal(1000)
     assert normalized_error(x, x) == 0

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from math import sqrt
+from math import prod, sqrt
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_the_orders_missing_below_300_are_the_known_ones() -> None:
     assert [n for n in REACHED if n % 4] == [1, 2]
 
 
-@pytest.mark.parametrize("n", [*REACHED, 344, 524, 580, 1152])
+@pytest.mark.parametrize("n", [*REACHED, 344, 524, 552, 568, 580, 1152])
 def test_rows_are_orthogonal_and_entries_are_signs(n: int) -> None:
     H = hadamard_matrix(n)
     assert torch.equal(H.abs(), torch.ones(n, n))
@@ -91,7 +91,7 @@ def test_powers_of_two_are_sylvesters(n: int) -> None:
     assert torch.equal(hadamard_matrix(n), torch.tensor(hadamard(n), dtype=torch.float32))
 
 
-@pytest.mark.parametrize("n", [1, 12, 96, 128, 344, 524, 580, 1152, 2188])
+@pytest.mark.parametrize("n", [1, 12, 96, 128, 344, 524, 552, 568, 580, 1152, 2188])
 def test_the_transform_applies_the_matrix(n: int) -> None:
     x = normal(3, n)
     H = orthonormal(n)
@@ -136,6 +136,19 @@ def test_rotated_weights_on_disk_rely_on_the_factors() -> None:
         13824: (24, 24, 24),
         18944: (148, 8, 16),
     }
+
+
+def test_every_order_has_factors_that_a_pass_can_apply() -> None:
+    reached = [n for n in range(1, 6001) if has_hadamard(n)]
+    factors = {n: hadamard_factors(n) for n in reached}
+    assert [n for n, orders in factors.items() if prod(orders) != n] == []
+    orders = {order for group in factors.values() for order in group}
+    limit = module._DENSE_LIMIT
+    assert all(has_hadamard(n) if n <= limit else paley_field(n) is not None for n in orders)
+    pairs = {n: orders for n, orders in factors.items() if n > 2 and 2 in orders}
+    assert len(pairs) == 153  # these have no other factorisation
+    assert pairs[552] == (276, 2)
+    assert pairs[568] == (284, 2)
 
 
 def test_rotated_weights_on_disk_rely_on_the_signs() -> None:

@@ -99,6 +99,23 @@ def test_codes_scales_and_threshold(fit: TernaryFit, per_channel: bool) -> None:
     assert all(map(torch.equal, ternarize(weight, fit, per_channel), (codes, scale)))
 
 
+@pytest.mark.parametrize("fit", TERNARY_FITS)
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_fitted_in_float32(
+    fit: TernaryFit, per_channel: bool, dtype: torch.dtype
+) -> None:
+    weight = normal(4, 4096, dtype=dtype)
+    codes, scale, threshold = fit_ternary(weight, fit, per_channel)
+    wide_codes, wide_scale, wide_threshold = fit_ternary(weight.float(), fit, per_channel)
+    assert codes.dtype == dtype
+    assert torch.equal(codes.float(), wide_codes)
+    assert torch.equal(ternary_codes(weight, threshold), wide_codes)
+    for got, wide in ((scale, wide_scale), (threshold, wide_threshold)):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, wide)
+
+
 @pytest.mark.parametrize("fit", ["least_squares", "gaussian", "mse"])
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_fitted_scales_leave_an_orthogonal_residual(fit: TernaryFit, per_channel: bool) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from importlib import resources
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,6 +50,7 @@ def load_digit_classifier() -> DigitClassifier:
 
     Raises:
         FileNotFoundError: The installation lacks the weights.
+        ValueError: The file is damaged, or holds other weights.
     """
     asset = resources.files("dit_qat.dit") / "assets" / _ASSET
     if not asset.is_file():
@@ -59,7 +61,12 @@ def load_digit_classifier() -> DigitClassifier:
     # Weights made on the meta device draw no random numbers; the file replaces every one of them.
     with torch.device("meta"):
         classifier = DigitClassifier()
-    classifier.load_state_dict(load(asset.read_bytes()), strict=True, assign=True)
+    try:
+        classifier.load_state_dict(load(asset.read_bytes()), strict=True, assign=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{asset} is damaged or not the classifier of this version ({error}); reinstall dit-qat"
+        ) from error
     return classifier.eval().requires_grad_(False)
 
 

@@ -23,7 +23,6 @@ __all__ = [
     "BLOCK_LINEARS",
     "Sensitivity",
     "activation_bits",
-    "average_activation_bits",
     "layer_sensitivity",
 ]
 
@@ -129,15 +128,6 @@ def activation_bits(layer: QuantLinear, bits: int) -> Iterator[None]:
         yield
     finally:
         layer.config = before
-
-
-def average_activation_bits(network: nn.Module, layers: Sequence[str] = BLOCK_LINEARS) -> float:
-    """Mean activation bits of a model's layers, weighted by their weights (RobuQ's budget).
-
-    Raises:
-        ValueError: as :func:`layer_sensitivity` for the layers.
-    """
-    return _weighted_mean(*_bits_and_costs(_quantized_linears(network, layers).values()))
 
 
 def _quantized_linears(network: nn.Module, patterns: Sequence[str]) -> dict[str, QuantLinear]:

@@ -25,12 +25,14 @@ class BitNetV2Config:
         activation_bits: For qkv, proj, fc1 and fc2.
         adaln_bits: Activation bits of the adaLN linears.
         grid: ``minmax`` at any bits, as in RobuQ's tables, or BitNet v2's own ``absmean`` at 4.
+        block_size: Rotate blocks of this width, for widths without a Hadamard order; None: full.
         distillation: Weight of the squared distance to the float teacher's noise prediction.
     """
 
     activation_bits: int = 4
     adaln_bits: int = 4
     grid: Literal["minmax", "absmean"] = "minmax"
+    block_size: int | None = None
     distillation: float = 0.0
 
 
@@ -45,6 +47,8 @@ class BitNetV2(Method):
     name: ClassVar[str] = "bitnet_v2"
 
     def __init__(self, config: BitNetV2Config | None = None, **kwargs: Any) -> None:
+        if config is not None and kwargs:
+            raise ValueError(f"give BitNetV2 either a config or fields of it, not both: {kwargs}")
         self._config = BitNetV2Config(**kwargs) if config is None else config
         self.quant_config()  # refuses bad settings now
 
@@ -63,7 +67,9 @@ class BitNetV2(Method):
         c = self.config
         weight = TernaryWeight("absmean")
         activation = self._activation(c.activation_bits)
-        rotated = LayerConfig(weight, activation, HadamardRotation(signs=False), None)
+        rotated = LayerConfig(
+            weight, activation, HadamardRotation(signs=False, block_size=c.block_size), None
+        )
         plain = LayerConfig(weight, activation, None, None)
         adaln = LayerConfig(weight, self._activation(c.adaln_bits), None, None)
         return QuantConfig(tuple(dit_rules(rotated, plain, adaln)))

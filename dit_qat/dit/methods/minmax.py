@@ -27,6 +27,7 @@ class MinMaxConfig:
         signs: Random signs before the rotation.
         zero_point: Float offset or rounded zero point of the min-max grid.
         distillation: Weight of the squared distance to the float teacher's noise prediction.
+        block_size: Rotate blocks of this width, for widths without a Hadamard order; None: full.
         seed: Seed of the signs.
     """
 
@@ -36,11 +37,12 @@ class MinMaxConfig:
     signs: bool = False
     zero_point: Literal["float", "rounded"] = "float"
     distillation: float = 0.0
+    block_size: int | None = None
     seed: int = 0
 
 
 class MinMax(Method):
-    """The paper's "Baseline": RobuQ with min-max grids in place of RobustQuantizer (section 3.2).
+    """The paper's "Baseline": RobuQ with min-max grids in place of RobustQuantizer.
 
     Args:
         config: The whole configuration, or else
@@ -50,6 +52,8 @@ class MinMax(Method):
     name: ClassVar[str] = "minmax"
 
     def __init__(self, config: MinMaxConfig | None = None, **kwargs: Any) -> None:
+        if config is not None and kwargs:
+            raise ValueError(f"give MinMax either a config or fields of it, not both: {kwargs}")
         self._config = MinMaxConfig(**kwargs) if config is None else config
         self.quant_config()  # refuses bad settings now
 
@@ -69,7 +73,7 @@ class MinMax(Method):
         block = LayerConfig(
             weight=TernaryWeight("absmean"),
             activation=MinMaxQuantizer(c.activation_bits, "identity", c.zero_point),
-            rotation=HadamardRotation(signs=c.signs),
+            rotation=HadamardRotation(c.signs, c.block_size),
             low_rank=LowRank(c.rank) if c.rank else None,
         )
         adaln = MinMaxQuantizer(c.adaln_bits, "identity", c.zero_point)

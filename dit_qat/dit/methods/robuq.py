@@ -53,6 +53,7 @@ class RobuQConfig:
         branch_start: Start of the low-rank branch.
         straight_through: Gradient mask of the activation quantizers.
         distillation: Weight of the squared distance to the float teacher's noise prediction.
+        block_size: Rotate blocks of this width, for widths without a Hadamard order; None: full.
         seed: Seed of the signs.
 
     Raises:
@@ -70,6 +71,7 @@ class RobuQConfig:
     branch_start: Literal["svd", "alternating"] | None = None
     straight_through: StraightThrough | None = None
     distillation: float | None = None
+    block_size: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -91,6 +93,8 @@ class RobuQ(Method):
     name: ClassVar[str] = "robuq"
 
     def __init__(self, config: RobuQConfig | None = None, **kwargs: Any) -> None:
+        if config is not None and kwargs:
+            raise ValueError(f"give RobuQ either a config or fields of it, not both: {kwargs}")
         self._config = RobuQConfig(**kwargs) if config is None else config
         self.quant_config()  # refuses bad settings now
 
@@ -112,7 +116,7 @@ class RobuQ(Method):
         block = LayerConfig(
             weight=TernaryWeight(c.fit, c.per_channel),
             activation=self._activation(c.activation_bits),
-            rotation=HadamardRotation(signs=bool(c.signs)),
+            rotation=HadamardRotation(bool(c.signs), c.block_size),
             low_rank=LowRank(c.rank, c.branch_start) if c.rank else None,
         )
         adaln = replace(block, activation=self._activation(c.adaln_bits))

@@ -151,7 +151,7 @@ class DiT(nn.Module):
         hidden_size: Width of the tokens; a multiple of 4 and of ``num_heads``.
         depth: Number of blocks.
         num_heads: Attention heads.
-        mlp_ratio: Width of the MLP over ``hidden_size``.
+        mlp_ratio: Width of the MLP over ``hidden_size``, finite and at least ``1 / hidden_size``.
         class_dropout_prob: Above 0, the label table gets a row for the null class.
         num_classes: Number of labels; 0 for an unconditional model.
         learn_sigma: Whether ``in_channels`` further outputs interpolate the log-variance.
@@ -162,7 +162,7 @@ class DiT(nn.Module):
         gradient_checkpointing: When true, training recomputes each block in the backward pass.
 
     Raises:
-        ValueError: If the sizes do not fit together.
+        ValueError: If a size is out of its range or the sizes do not fit together.
     """
 
     def __init__(
@@ -181,7 +181,11 @@ class DiT(nn.Module):
         norm2_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        _check_sizes(input_size, patch_size, hidden_size, num_heads, class_dropout_prob)
+        _check_least(1, input_size=input_size, patch_size=patch_size, in_channels=in_channels)
+        _check_least(1, hidden_size=hidden_size, num_heads=num_heads)
+        _check_least(0, depth=depth, num_classes=num_classes)
+        _check_fit(input_size, patch_size, hidden_size, num_heads)
+        _check_ratios(hidden_size, mlp_ratio, class_dropout_prob)
         self.input_size, self.patch_size = input_size, patch_size
         self.in_channels, self.hidden_size = in_channels, hidden_size
         self.depth, self.num_heads, self.mlp_ratio = depth, num_heads, mlp_ratio
@@ -344,9 +348,13 @@ class DiT(nn.Module):
 _ARGUMENTS = tuple(name for name in DiT.__init__.__annotations__ if name != "return")
 
 
-def _check_sizes(
-    input_size: int, patch_size: int, hidden_size: int, num_heads: int, class_dropout_prob: float
-) -> None:
+def _check_least(least: int, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < least:
+            raise ValueError(f"{name}={size} is too small; it must be at least {least}")
+
+
+def _check_fit(input_size: int, patch_size: int, hidden_size: int, num_heads: int) -> None:
     if input_size % patch_size:
         raise ValueError(
             f"input_size={input_size} is no multiple of patch_size={patch_size}; "
@@ -356,6 +364,14 @@ def _check_sizes(
         raise ValueError(
             f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads} and, for the "
             "position embedding, of 4"
+        )
+
+
+def _check_ratios(hidden_size: int, mlp_ratio: float, class_dropout_prob: float) -> None:
+    if not math.isfinite(mlp_ratio) or int(hidden_size * mlp_ratio) < 1:
+        raise ValueError(
+            f"mlp_ratio={mlp_ratio} gives hidden_size={hidden_size} no MLP; it must be finite and "
+            f"at least 1/{hidden_size}, as 4.0 is"
         )
     if not 0 <= class_dropout_prob <= 1:
         raise ValueError(f"class_dropout_prob={class_dropout_prob} is no probability in [0, 1]")

@@ -29,6 +29,15 @@ _EMBEDDERS = {
     "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
     "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
 }
+_NEEDED = (
+    "sample_size",
+    "patch_size",
+    "in_channels",
+    "num_attention_heads",
+    "attention_head_dim",
+    "num_layers",
+    "num_embeds_ada_norm",
+)
 # What the conversion takes for granted; diffusers' classes can be configured otherwise.
 _REQUIRED = {
     "activation_fn": "gelu-approximate",
@@ -52,8 +61,8 @@ def dit_from_diffusers(
         A float32 DiT on the CPU with diffusers' timestep frequencies and norm epsilon.
 
     Raises:
-        ValueError: If the configuration is missing or of another kind of model, weights are
-            missing, or the embedders, of which diffusers keeps a copy per block, differ.
+        ValueError: If the configuration is missing, incomplete or of another kind of model, weights
+            are missing, or the embedders, of which diffusers keeps a copy per block, differ.
     """
     if isinstance(model_or_state_dict, nn.Module):
         state: Mapping[str, Tensor] = model_or_state_dict.state_dict()
@@ -76,6 +85,12 @@ def dit_from_diffusers(
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    missing = [name for name in _NEEDED if name not in config]
+    if missing:
+        raise ValueError(
+            f"the configuration lacks {', '.join(missing)}; pass the whole config.json of a "
+            "DiTTransformer2DModel"
+        )
     for name, required in _REQUIRED.items():
         if config.get(name, required) != required:
             raise ValueError(

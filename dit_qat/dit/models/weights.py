@@ -1,6 +1,7 @@
 """Float weights on disk: our safetensors files, the published checkpoints, and the hub."""
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -36,7 +37,8 @@ def save_dit(
     Args:
         model: A float DiT.
         path: Where to write; missing folders are made, an existing file is replaced.
-        metadata: Further text for the file's header; the key "config" is ours.
+        metadata: Further text for the file's header; the keys "config" and "sha256" (of
+            the tensors) are ours.
 
     Raises:
         ValueError: If the model has quantized layers, whose state is more than tensors.
@@ -50,9 +52,11 @@ def save_dit(
             "a packed folder, or turn the layers into float ones with to_float first"
         )
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    header = {**(metadata or {}), "config": json.dumps(model.config)}
+    ours = {"config": json.dumps(model.config), "sha256": _digest(tensors)}
+    header = {**(metadata or {}), **ours}
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata=header)
+        _sort_metadata(temporary)
         temporary.chmod(0o644)  # safetensors makes files that only their owner reads
 
 
@@ -67,7 +71,8 @@ def load_dit(source: str | os.PathLike[str], device: torch.device | str = "cpu")
 
     Raises:
         FileNotFoundError: If the file is nowhere to be found.
-        ValueError: If the file is damaged, of another format, or does not fit its configuration.
+        ValueError: If the file is damaged or was changed (files of ours carry a sha256 of their
+            tensors), is of another format, or does not fit its configuration.
     """
     path = _resolve(source)
     config, state = _read(path)
@@ -162,6 +167,12 @@ def _read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             f"{path}: truncated or not a safetensors file ({error}); copy or download it again"
         ) from error
+    written = metadata.get("sha256")  # which older files and those of others lack
+    if written is not None and written != _digest(state):
+        raise ValueError(
+            f"{path}: the tensors are not those that were written (their sha256 differs from the "
+            "header's), so the file is damaged or was changed; copy or download it again"
+        )
     if "config" not in metadata:
         raise ValueError(
             f"{path}: no 'config' in the header, so the model's size is unknown; write the file "
@@ -174,6 +185,28 @@ def _read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path}: the 'config' in the header is not a JSON object ({error}); write the file "
             "again with save_dit"
         ) from error
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 over names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give a file the same bytes every time: safetensors writes the metadata in random order."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size  # the same text in another order, before the padding
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _read_published(path: Path) -> dict[str, Tensor]:

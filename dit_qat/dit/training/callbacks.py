@@ -28,6 +28,9 @@ class SampleGrids(pl.Callback):
         count: Images in the grid; labels count up through the classes.
         columns: Images per row.
         sampler: How to sample.
+
+    Raises:
+        ValueError: for a negative interval, no images or no columns.
     """
 
     def __init__(
@@ -37,20 +40,35 @@ class SampleGrids(pl.Callback):
         columns: int = 10,
         sampler: SamplerConfig | None = None,
     ) -> None:
+        if every_n_steps < 0 or count < 1 or columns < 1:
+            raise ValueError(
+                f"samples.every_n_steps={every_n_steps} must not be negative, count={count} and "
+                f"columns={columns} at least 1"
+            )
         self.every_n_steps = every_n_steps
         self.count = count
         self.columns = columns
         self.sampler = SamplerConfig(batch_size=count) if sampler is None else sampler
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse, before any work, what could not be drawn."""
+        network = pl_module.network
+        if not self.every_n_steps or stage != "fit":
+            return
+        if network.in_channels not in (1, 3):
+            raise ValueError(
+                f"samples.every_n_steps={self.every_n_steps}: this network draws latents of "
+                f"{network.in_channels} channels, which cannot be shown yet; set it to 0"
+            )
+        if self.sampler.guidance != 1:
+            _ = network.null_class  # guidance needs one
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Draw a grid when due, on rank zero."""
         step = trainer.global_step
-        boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not self.every_n_steps or step % self.every_n_steps or not boundary:
-            return
-        if trainer.is_global_zero:
+        if _due(trainer, batch_idx, step, self.every_n_steps) and trainer.is_global_zero:
             self._draw(trainer, _ema_network(trainer, pl_module), step)
 
     def _draw(self, trainer: pl.Trainer, network: DiT, step: int) -> None:
@@ -77,29 +95,33 @@ class QuantStatistics(pl.Callback):
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._measured: dict[str, dict[str, float]] = {}
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Listen in on the layers for the step that is due."""
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if due and not trainer.fit_loop._should_accumulate():
+        if _due(trainer, batch_idx, trainer.global_step + 1, self.every_n_steps):
             for name, module in pl_module.network.named_modules():
                 if isinstance(module, QuantLinear):
                     self._handles.append(module.register_forward_pre_hook(self._listener(name)))
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Log what was heard."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._measured:
-            values = {
-                f"quant/{layer}/{name}": value
-                for layer, numbers in self._measured.items()
-                for name, value in numbers.items()
-            }
-            for name in ("clip_rate", "zero_fraction", "output_error"):
-                column = [numbers[name] for numbers in self._measured.values()]
-                values[f"quant/mean_{name}"] = sum(column) / len(column)
-            pl_module.log_dict(values)
+        if not self._measured:
+            return
+        values = {
+            f"quant/{layer}/{name}": value
+            for layer, numbers in self._measured.items()
+            for name, value in numbers.items()
+        }
+        for name in ("clip_rate", "zero_fraction", "output_error"):
+            column = [numbers[name] for numbers in self._measured.values()]
+            values[f"quant/mean_{name}"] = sum(column) / len(column)
+        # Straight to the loggers: through the module, they would wait for its next logged step.
+        for logger in trainer.loggers:
+            logger.log_metrics(values, trainer.global_step)
         self._measured = {}
 
     def _listener(self, name: str) -> Any:
@@ -130,11 +152,16 @@ class Throughput(pl.Callback):
     ) -> None:
         """Count, and log when due."""
         self._images += batch[0].shape[0] * trainer.world_size
-        boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if self.every_n_steps and boundary and trainer.global_step % self.every_n_steps == 0:
+        if _due(trainer, batch_idx, trainer.global_step, self.every_n_steps):
             now = time.perf_counter()
             pl_module.log("images_per_second", self._images / (now - self._since))
             self._images, self._since = 0, now
+
+
+def _due(trainer: pl.Trainer, batch_idx: int, step: int, every_n_steps: int) -> bool:
+    """Whether a batch is the last of optimizer step ``step``, and that step is due."""
+    last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    return bool(every_n_steps) and last and step % every_n_steps == 0
 
 
 def _ema_network(trainer: pl.Trainer, pl_module: Any) -> DiT:

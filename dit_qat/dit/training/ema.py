@@ -34,6 +34,8 @@ class EMA(EMAWeightAveraging):
                 f"EMA cannot average weights sharded by {type(trainer.strategy).__name__}; "
                 "use trainer.strategy=ddp, or ema.enabled=false"
             )
+        # Lightning calls this before the model has moved to its device.
+        self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
 
     @property

@@ -70,6 +70,10 @@ class DiTTraining(pl.LightningModule):
         self.float_weights = float_weights
         method_distillation = method.distillation if method is not None else 0.0
         self.distillation = method_distillation if distillation is None else distillation
+        if self.distillation < 0:
+            raise ValueError(f"distillation={self.distillation} must not be negative")
+        if label_dropout is not None and not 0 <= label_dropout < 1:
+            raise ValueError(f"label_dropout={label_dropout} is outside [0, 1)")
         if self.distillation and float_weights is None:
             raise ValueError(
                 f"distillation={self.distillation} needs a teacher; set model.float_weights"
@@ -121,35 +125,39 @@ class DiTTraining(pl.LightningModule):
         torch.manual_seed(derive_seed(self.seed, "step", *self._position(batch_idx)))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """DiT's loss, plus the distance to the teacher."""
+        """The objective: DiT's loss, plus the weighted distance to the teacher."""
         x_0, labels = batch
         generator = generator_for(
             self.seed, "train", *self._position(batch_idx), device=self.device
         )
         total, logged = self._loss(x_0, labels, generator, self.label_dropout)
         if not torch.isfinite(total):
-            raise NonFiniteLossError(
-                f"the loss is {total.item()} at step {self.global_step}; lower the learning rates "
-                "(model.optimizer), lengthen the warm-up or clip gradients "
-                "(trainer.gradient_clip_val); the last checkpoint is from before this step"
-            )
-        self.log("train/loss", total, prog_bar=True)
+            raise NonFiniteLossError(f"the loss is {total.item()} {self._cure()}")
+        self.log("train/objective", total)
+        self.log("train/loss", logged.pop("loss"), prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in logged.items()})
         return total
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse gradients that would spoil the weights, and with them the next checkpoint."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # A loss scaler (16-mixed) meets such gradients on its way and skips their step.
+        if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":
+            raise NonFiniteLossError(f"the gradient norm is {norm.item()} {self._cure()}")
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """The training loss on fixed noise and timesteps."""
+        """DiT's loss, without distillation or label dropout, on fixed noise and timesteps."""
         self._evaluate(batch, batch_idx, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """The training loss on fixed noise and timesteps."""
+        """DiT's loss, without distillation or label dropout, on fixed noise and timesteps."""
         self._evaluate(batch, batch_idx, "test")
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], batch_idx: int, stage: str) -> None:
         x_0, labels = batch
         generator = generator_for(self.seed, stage, batch_idx, device=self.device)
-        total, logged = self._loss(x_0, labels, generator, label_dropout=0.0)
-        values = {"loss": total, **logged}
+        _, values = self._loss(x_0, labels, generator, label_dropout=0.0)
         self.log_dict(
             {f"{stage}/{name}": value for name, value in values.items()},
             batch_size=x_0.shape[0],
@@ -175,6 +183,7 @@ class DiTTraining(pl.LightningModule):
         loss = diffusion_loss(output, x_0, x_t, noise, t, self.schedule)
         total = loss.total.mean()
         logged = {"mse": loss.mse.mean().detach(), "vb": loss.vb.mean().detach()}
+        logged["loss"] = logged["mse"] + logged["vb"]
         for teacher in self._teacher:
             channels = x_0.shape[1]
             with torch.no_grad():
@@ -184,9 +193,17 @@ class DiTTraining(pl.LightningModule):
             logged["teacher"] = distance.detach()
         return total, logged
 
+    def _cure(self) -> str:
+        return (
+            f"at step {self.global_step}; lower the learning rates (model.optimizer), lengthen the "
+            "warm-up or clip gradients (trainer.gradient_clip_val); the last checkpoint is from "
+            "before this step"
+        )
+
     def _position(self, batch_idx: int) -> tuple[int, int]:
-        """Optimizer step and micro-batch within it."""
-        return self.global_step, batch_idx % self.trainer.accumulate_grad_batches
+        """Optimizer step, and micro-batch within it over all processes."""
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        return self.global_step, micro_batch * self.trainer.world_size + self.global_rank
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a learning rate per kind of parameter, warm-up and decay by step."""

@@ -1,14 +1,18 @@
 """The folder of a run: what is in it, when it may be written, and where a run resumes."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from dit_qat.dit.training.checkpoints import last_checkpoint
 from dit_qat.export.files import claim_folder
 
-__all__ = ["RESULTS", "claim_run", "resume_path"]
+__all__ = ["RESULTS", "claim_run", "read_metrics", "resume_path"]
 
-RESULTS = ("checkpoints", "samples", "tensorboard", "config.yaml")
+RESULTS = ("checkpoints", "samples", "tensorboard", "config.yaml", "metrics.json")
 """What a training run leaves in its folder."""
+
+_VERBS = {"fit", "validate", "test"}
 
 
 def claim_run(root: Path, overwrite: bool) -> None:
@@ -18,6 +22,27 @@ def claim_run(root: Path, overwrite: bool) -> None:
         "pass --overwrite true to replace them"
     )
     claim_folder(root, RESULTS, overwrite, cure)
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """The entries of a run's ``metrics.json``, by verb; none if there is no such file.
+
+    Raises:
+        ValueError: if it is damaged, or not written by ``fit``, ``validate`` or ``test``.
+    """
+    if not path.is_file():
+        return {}
+    cure = "move it away, or choose another --trainer.default_root_dir"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {cure}") from error
+    if not isinstance(content, dict) or not content.keys() <= _VERBS:
+        raise ValueError(
+            f"{path} was not written by {', '.join(sorted(_VERBS))}, whose entry would replace it; "
+            f"{cure}"
+        )
+    return content
 
 
 def resume_path(ckpt_path: str, root: Path) -> Path:

@@ -36,10 +36,16 @@ def restore(value: T, base: type[Any]) -> T:
     are accepted, and only subclasses of ``base``.
 
     Raises:
-        ValueError: for a class that is not imported or not a ``base``.
+        ValueError: for a class that is not imported or not a ``base``, or no specification.
     """
     if not isinstance(value, Mapping):
         return value
+    arguments = value.get("init_args")
+    if "class_path" not in value or not isinstance(arguments, Mapping):
+        raise ValueError(
+            f"the checkpoint's {base.__name__} names no class_path with init_args but "
+            f"{', '.join(map(str, value)) or 'nothing'}; was it written by dit-qat fit?"
+        )
     module, _, name = str(value["class_path"]).rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
@@ -47,5 +53,5 @@ def restore(value: T, base: type[Any]) -> T:
             f"the checkpoint names {value['class_path']}, which is not an imported "
             f"{base.__name__}; import its module before loading"
         )
-    built: T = found(**value["init_args"])
+    built: T = found(**arguments)
     return built

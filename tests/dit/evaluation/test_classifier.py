@@ -77,7 +77,15 @@ def test_loading_is_strict(package, classifier):
     weights = classifier.state_dict()
     del weights["head.bias"]
     save_file(weights, package / "assets" / "digits_classifier.safetensors")
-    with pytest.raises(RuntimeError, match=r"head\.bias"):
+    with pytest.raises(ValueError, match=r"(?s)not the classifier of this version.*head\.bias"):
+        load_digit_classifier()
+
+
+def test_a_damaged_asset_is_explained(package, classifier):
+    path = package / "assets" / "digits_classifier.safetensors"
+    save_file(classifier.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"digits_classifier\.safetensors is damaged.*reinstall"):
         load_digit_classifier()
 
 

@@ -3,11 +3,7 @@ import torch
 from torch import nn
 
 from dit_qat.dit.diffusion import NoiseSchedule
-from dit_qat.dit.evaluation.sensitivity import (
-    activation_bits,
-    average_activation_bits,
-    layer_sensitivity,
-)
+from dit_qat.dit.evaluation.sensitivity import activation_bits, layer_sensitivity
 from dit_qat.dit.methods import RobuQ
 from dit_qat.dit.models import DiT
 from dit_qat.dit.randomness import generator_for
@@ -155,17 +151,13 @@ def test_closed_form_of_two_independent_layers(data):
 
 
 def test_average_bits_weigh_layers_by_their_size(network, data):
-    assert average_activation_bits(network) == 3
     wide = network.get_submodule("blocks.0.mlp.fc1")
     sizes = torch.tensor([3, 1, 4, 4, 3, 1, 4, 4])
     with activation_bits(wide, 1):
         measured = layer_sensitivity(network, *data, bits=(3,), timesteps=1)
         assert measured.costs == tuple((32 * 32 * sizes).tolist())
         assert measured.present_bits == (3, 3, 1, 3, 3, 3, 3, 3)
-        assert measured.average_bits == average_activation_bits(network)
         assert measured.average_bits == pytest.approx(3 - 2 * 4 / 24)
-        assert average_activation_bits(network, ("blocks.0.*.fc1",)) == 1
-    assert average_activation_bits(network) == 3
 
 
 @pytest.mark.parametrize(
@@ -186,15 +178,13 @@ def test_settings_that_do_not_fit_are_refused(network, data, arguments, message)
 def test_a_float_model_has_no_bits(data):
     with pytest.raises(ValueError, match="this network has none; quantize_ it first"):
         layer_sensitivity(float_dit(), *data, bits=(2,))
-    with pytest.raises(ValueError, match="quantize_ it first"):
-        average_activation_bits(float_dit())
 
 
-def test_a_layer_with_float_activations_has_no_bits(network):
+def test_a_layer_with_float_activations_has_no_bits(network, data):
     layer = network.get_submodule("blocks.1.mlp.fc2")
     layer.config = LayerConfig(activation=None)
     with pytest.raises(ValueError, match=r"layer 'blocks\.1\.mlp\.fc2': activations are not"):
-        average_activation_bits(network)
+        layer_sensitivity(network, *data, bits=(2,))
     with pytest.raises(ValueError, match="there are no bits"), activation_bits(layer, 2):
         pass
 

@@ -234,6 +234,32 @@ def test_wrong_inputs_are_named(change, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        *((name, value, 1) for name in ("input_size", "patch_size") for value in (0, -2)),
+        *((name, value, 1) for name in ("in_channels", "hidden_size") for value in (0, -4)),
+        ("num_heads", 0, 1),
+        ("num_heads", -1, 1),
+        ("depth", -1, 0),
+        ("num_classes", -1, 0),
+    ],
+)
+def test_sizes_out_of_range_are_named(name, value, least):
+    with pytest.raises(ValueError, match=rf"{name}={value} is too small.* at least {least}"):
+        small(**{name: value})
+
+
+@pytest.mark.parametrize("mlp_ratio", [0.0, -1.0, math.inf, -math.inf, math.nan, 1e-3])
+def test_mlp_ratios_without_an_mlp_are_refused(mlp_ratio):
+    with pytest.raises(ValueError, match=rf"mlp_ratio={mlp_ratio} gives .* at least 1/32"):
+        small(mlp_ratio=mlp_ratio)
+
+
+def test_no_blocks_are_allowed():
+    assert len(small(depth=0).blocks) == 0
+
+
+@pytest.mark.parametrize(
     "sizes",
     [{"patch_size": 3}, {"num_heads": 5}, {"hidden_size": 30}, {"class_dropout_prob": 1.5}],
 )

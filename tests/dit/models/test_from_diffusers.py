@@ -84,3 +84,12 @@ def test_embedders_that_differ_are_refused_by_name(theirs):
 def test_other_kinds_of_model_are_refused(theirs, change, message):
     with pytest.raises(ValueError, match=message):
         dit_from_diffusers(theirs.state_dict(), dict(theirs.config) | change)
+
+
+@pytest.mark.parametrize(
+    "name", ["sample_size", "in_channels", "num_layers", "num_embeds_ada_norm"]
+)
+def test_a_configuration_without_a_key_is_named(theirs, name):
+    config = {key: value for key, value in theirs.config.items() if key != name}
+    with pytest.raises(ValueError, match=f"lacks {name}; pass the whole config"):
+        dit_from_diffusers(theirs.state_dict(), config)

@@ -1,5 +1,6 @@
 import argparse
 import json
+from importlib import resources
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ def same(one, other):
 
 
 def rewritten(path, change):
-    """Rewrite a safetensors file with its tensors changed in place by a function."""
+    """Rewrite a safetensors file, as others would: changed by a function, without a sha256."""
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+        metadata = {key: value for key, value in file.metadata().items() if key != "sha256"}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     change(tensors, metadata)
     save_file(tensors, path, metadata)
@@ -64,6 +65,18 @@ def test_metadata_is_kept_beside_the_config(tmp_path):
         metadata = file.metadata()
     assert metadata["trained_on"] == "digits"
     assert json.loads(metadata["config"]) == small().config
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path):
+    path = tmp_path / "model.safetensors"
+    contents = set()
+    for _ in range(8):
+        save_dit(small(), path, {"by": 'Zoë\n"quoted" \x01\x7f', "z": "\\", "a": "1"})
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+    assert same(load_dit(path), small())
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["by"] == 'Zoë\n"quoted" \x01\x7f'
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(saved, monkeypatch):
@@ -180,6 +193,45 @@ def test_contents_that_do_not_fit_are_named(saved, change, message):
     rewritten(saved, change)
     with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
         load_dit(saved)
+
+
+def test_files_without_a_sha256_are_accepted(saved):
+    rewritten(saved, lambda tensors, metadata: None)
+    assert same(load_dit(saved), small())
+
+
+@pytest.mark.parametrize("change", ["value", "name", "type", "shape"])
+def test_tensors_that_were_changed_are_refused(saved, change):
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, saved, metadata)
+    assert same(load_dit(saved), small())
+    one, other = (f"blocks.{i}.mlp.fc1.bias" for i in range(2))
+    if change == "value":
+        tensors["pos_embed"].view(torch.int32)[0, 0, 0] += 1
+    elif change == "name":
+        tensors[one] = torch.ones_like(tensors[other])
+        tensors[one], tensors[other] = tensors[other], tensors[one]
+    elif change == "type":
+        tensors[one] = tensors[one].view(torch.int32)
+    else:
+        tensors[one] = tensors[one][None]
+    save_file(tensors, saved, metadata)
+    with pytest.raises(ValueError, match=r"model\.safetensors: the tensors are not those.*sha256"):
+        load_dit(saved)
+
+
+@pytest.mark.parametrize("name", ["digits_dit", "digits_classifier"])
+def test_shipped_weights_are_readable_by_all(name):
+    path = resources.files("dit_qat.dit") / "assets" / f"{name}.safetensors"
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_the_shipped_dit_tells_its_sha256():
+    path = resources.files("dit_qat.dit") / "assets" / "digits_dit.safetensors"
+    with safe_open(path, framework="pt") as file:
+        assert len(file.metadata()["sha256"]) == 64
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 
 from dit_qat.dit.methods import RobuQ
 from dit_qat.dit.training import EMA, AtomicCheckpointIO, Checkpoints, DiTTraining, last_checkpoint
-from dit_qat.dit.training.loading import load_checkpoint
-from dit_qat.dit.training.runs import claim_run, resume_path
+from dit_qat.dit.training.loading import load_checkpoint, read_checkpoint
+from dit_qat.dit.training.runs import claim_run, read_metrics, resume_path
 
 
 class FullDisk:
@@ -71,6 +71,71 @@ def test_damaged_checkpoints_are_named(tmp_path: Path, damage: str) -> None:
         load_checkpoint(path)
 
 
+@pytest.fixture
+def written(
+    tmp_path: Path, make_module: Callable[..., DiTTraining], fit: Callable[..., pl.Trainer]
+) -> Path:
+    """The checkpoint of a one-step RobuQ run."""
+    fit(make_module(RobuQ(rank=2)), tmp_path / "run", 1)
+    return last_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        torch.ones(3),
+        [1, 2],
+        {"global_step": 3, "state_dict": {}},
+        {"global_step": 3, "state_dict": {}, "hyper_parameters": {"lr": 0.1}},
+        {"global_step": 3, "state_dict": {}, "hyper_parameters": {"network": "resnet"}},
+        {"state_dict": {}, "hyper_parameters": {"network": {}}},
+    ],
+)
+def test_foreign_checkpoints_are_named(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "other.ckpt"
+    torch.save(content, path)
+    for read in (load_checkpoint, read_checkpoint):
+        with pytest.raises(ValueError, match=r"other\.ckpt is not a checkpoint of dit-qat fit"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"colour": 1}, "colour"),
+        ({"float_layers": 3}, "not iterable"),
+        ({"network": {}}, "names no class_path with init_args but nothing"),
+        ({"network": {"class_path": "os.path", "init_args": {}}}, "not an imported DiT"),
+        (
+            {"network": {"class_path": "dit_qat.dit.models.dit.DiT", "init_args": {"a": 1}}},
+            "unexpected keyword",
+        ),
+    ],
+)
+def test_settings_that_build_no_module_are_named(
+    written: Path, settings: dict[str, Any], message: str
+) -> None:
+    content = torch.load(written, weights_only=True)
+    content["hyper_parameters"] |= settings
+    torch.save(content, written)
+    with pytest.raises(ValueError, match=rf"last\.ckpt holds hyper-parameters .*{message}"):
+        load_checkpoint(written)
+
+
+def test_a_checkpoint_cannot_have_float_weights_read(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = torch.load(written, weights_only=True)
+    content["hyper_parameters"] |= {"fresh_start": True, "float_weights": "org/name"}
+    torch.save(content, written)
+
+    def read(*_: object) -> None:
+        raise AssertionError("float weights were read")
+
+    monkeypatch.setattr("dit_qat.dit.training.module.load_weights_", read)
+    assert load_checkpoint(written).float_weights == "org/name"
+
+
 def test_numbered_checkpoints_are_kept(
     tmp_path: Path,
     make_module: Callable[..., DiTTraining],
@@ -122,12 +187,24 @@ def test_ema_refuses_sharded_weights_and_odd_decays(tmp_path: Path) -> None:
 def test_a_folder_with_results_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"checkpoints.*--overwrite"):
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"checkpoints, metrics\.json\).*--overwrite"):
         claim_run(tmp_path, overwrite=False)
     claim_run(tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(NotADirectoryError, match=r"notes\.txt is a file"):
         claim_run(tmp_path / "notes.txt", overwrite=True)
+
+
+def test_metrics_of_others_are_not_added_to(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    assert read_metrics(path) == {}
+    path.write_text('{"validate": {"step": 3}}')
+    assert read_metrics(path) == {"validate": {"step": 3}}
+    for content, message in (("{", "is damaged"), ('{"fd": 1}', "not written by"), ("[]", "not w")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=rf"metrics\.json .*{message}.*move it away"):
+            read_metrics(path)
 
 
 def test_last_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The training module: what it builds, what it keeps, what it refuses."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +9,20 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_qat.dit.data import digit_images
 from dit_qat.dit.diffusion import NoiseSchedule
 from dit_qat.dit.methods import BitNetV2, MinMax, RobuQ
 from dit_qat.dit.models import DiT, load_dit
-from dit_qat.dit.training import DiTTraining, NonFiniteLossError, OptimizerConfig, last_checkpoint
+from dit_qat.dit.training import (
+    EMA,
+    Checkpoints,
+    DiTTraining,
+    NonFiniteLossError,
+    OptimizerConfig,
+    last_checkpoint,
+)
 from dit_qat.dit.training.loading import load_checkpoint
 from dit_qat.dit.training.specs import restore, spec_of
 from dit_qat.layers import QuantAttention, QuantLinear
@@ -82,14 +90,22 @@ def test_checkpoint_holds_plain_types_and_reloads_by_itself(
     assert DiTTraining.load_from_checkpoint(last_checkpoint(tmp_path / "run")).seed == module.seed
 
 
-def test_no_parameter_exists_twice(make_module: Make) -> None:
+def test_no_float_weight_outlives_the_quantized_model(make_module: Make) -> None:
     module = make_module(RobuQ(rank=2))
-    optimized = {id(p) for p in module.parameters() if p.requires_grad}
-    fakes = [p for p in module.parameters() if p.is_meta]
-    assert fakes == []
-    storages = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    assert len(storages) == len(list(module.parameters()))
-    assert len(optimized) == len([p for p in module.parameters() if p.requires_grad])
+    gc.collect()
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    sizes = {
+        tuple(layer.weight.shape) for layer in module.modules() if isinstance(layer, QuantLinear)
+    }
+    strays = [
+        tuple(tensor.shape)
+        for tensor in gc.get_objects()
+        if isinstance(tensor, nn.Parameter)
+        and tuple(tensor.shape) in sizes
+        and tensor.device.type == "cpu"
+        and tensor.untyped_storage().data_ptr() not in own
+    ]
+    assert strays == []
 
 
 def test_a_nan_loss_stops_the_run_and_keeps_the_checkpoint(
@@ -100,13 +116,25 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_checkpoint(
             if trainer.global_step == 6:
                 module.network.final_layer.linear.bias.data.fill_(torch.nan)
 
-    from dit_qat.dit.training import EMA, Checkpoints
-
     callbacks = [EMA(0.9), Checkpoints(every_n_steps=5), Poison()]
     with pytest.raises(NonFiniteLossError, match="nan at step 6; lower the learning rates"):
         fit(make_module(RobuQ(rank=2)), tmp_path / "run", 10, callbacks)
     kept = load_checkpoint(last_checkpoint(tmp_path / "run"))
     assert all(p.isfinite().all() for p in kept.parameters())
+
+
+def test_gradients_that_are_not_finite_stop_the_run_before_the_step(
+    tmp_path: Path, make_module: Make, fit: Fit
+) -> None:
+    class Poison(pl.Callback):
+        def on_after_backward(self, trainer: pl.Trainer, module: Any) -> None:
+            if trainer.global_step == 3:
+                module.network.final_layer.linear.bias.grad.fill_(torch.inf)
+
+    module = make_module(RobuQ(rank=2))
+    with pytest.raises(NonFiniteLossError, match="gradient norm is inf at step 3"):
+        fit(module, tmp_path / "run", 10, [Checkpoints(every_n_steps=1), Poison()])
+    assert all(p.isfinite().all() for p in module.parameters())
 
 
 def test_distillation_moves_the_student_to_the_teacher(
@@ -164,9 +192,22 @@ def test_validation_is_the_same_twice(tmp_path: Path, make_module: Make) -> None
     assert first["val/loss"] == pytest.approx(first["val/mse"] + first["val/vb"])
 
 
-def test_compiled_network_keeps_its_names(make_module: Make) -> None:
+def test_compiled_network_keeps_its_names_and_trains(
+    make_module: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The compiler's front end, without the minutes of its code generation.
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(DiT, "compile", lambda self: compile_module(self, backend="aot_eager"))
     plain, compiled = make_module(RobuQ(rank=2)), make_module(RobuQ(rank=2), compile=True)
     assert plain.state_dict().keys() == compiled.state_dict().keys()
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 2])
+    outputs = [module(x, t, y) for module in (plain, compiled)]
+    torch.testing.assert_close(*outputs)
+    gradients = []
+    for module, output in zip((plain, compiled), outputs, strict=True):
+        output.square().mean().backward()
+        gradients.append(module.network.blocks[0].mlp.fc2.weight.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_specs_are_inverse_and_import_nothing() -> None:
