@@ -1,4 +1,4 @@
-"""How FD-digits scores perfect samples: bootstrap samples of the real images against all of them."""
+"""How FD-digits scores perfect samples: bootstraps of the real images against all of them."""
 
 import argparse
 import statistics
