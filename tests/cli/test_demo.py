@@ -29,7 +29,9 @@ def test_demo_leaves_everything_and_does_not_overwrite(
     for scores in (metrics["float"], quantized):
         assert scores["fd_digits"] > 0
     assert f"{quantized['fd_digits']:.2f}" in printed
-    assert f"{quantized['fd_digits']:.2f}" in (out / "report.html").read_text()
+    report = (out / "report.html").read_text()
+    assert "W1.58A2" in report
+    assert report.count("data:image/png;base64,") == 3
     before = (out / "metrics.json").read_bytes()
     assert main(["demo", "--out", str(out), *SHORT]) == 2
     assert "--overwrite" in capsys.readouterr().err
