@@ -159,9 +159,15 @@ def comparison_plot(table: Comparison) -> bytes:
     figure, axes = _figure(3.2)
     width = 0.8 / len(methods)
     colours = dict(zip(methods, _cycle(len(methods)), strict=True))
-    for row in table.rows:
-        offset = (methods.index(row.method) - (len(methods) - 1) / 2) * width
-        _bar(axes, row, bits.index(row.bits) + offset, width, colours[row.method])
+    for group, group_bits in enumerate(bits):
+        # Bars that are there stand together, whatever is missing at these bits.
+        rows = sorted(
+            (row for row in table.rows if row.bits == group_bits),
+            key=lambda row: methods.index(row.method),
+        )
+        for place, row in enumerate(rows):
+            offset = (place - (len(rows) - 1) / 2) * width
+            _bar(axes, row, group + offset, width, colours[row.method])
     _comparison_axes(axes, table, bits)
     handles = [Rectangle((0, 0), 1, 1, color=colours[m], alpha=0.75) for m in methods]
     axes.legend(
@@ -289,6 +295,7 @@ def _comparison_axes(axes: Axes, table: Comparison, bits: Sequence[float]) -> No
     highest = max(value for row in table.rows for value in row.fd_digits)
     axes.set_ylim(top=highest * (1.6 if log else 1.12))
     axes.grid(axis="y", color=_LINES, linewidth=0.6)
+    axes.set_xlim(-0.5, len(bits) - 0.5)
     axes.xaxis.set_major_locator(FixedLocator(list(range(len(bits)))))
     axes.set_xticklabels([f"{b:g} bits" for b in bits])
     axes.tick_params(axis="x", length=0)
