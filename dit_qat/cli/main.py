@@ -42,8 +42,17 @@ VERBS = {
     "fit": Verb("Train a float or a quantized DiT; --ckpt_path last continues a run"),
     "validate": Verb("Loss on the validation data, with the EMA weights of a checkpoint"),
     "test": Verb("Loss on the test data, with the EMA weights of a checkpoint"),
+    "cache-latents": Verb(
+        "Images to latents on disk: VAE moments of both mirrors", "dit_qat.cli.cache_latents"
+    ),
     "sample": Verb("Draw images from a checkpoint or from float weights", "dit_qat.cli.sample"),
-    "evaluate": Verb("Score a folder of images against the real ones", "dit_qat.cli.evaluate"),
+    "evaluate": Verb(
+        "Score images against real ones: FID, sFID, IS, KID, precision, recall",
+        "dit_qat.cli.evaluate",
+    ),
+    "convert": Verb(
+        "Between published .pt files, ours, and diffusers' folders", "dit_qat.cli.convert"
+    ),
     "inspect": Verb("Layers, bits and sizes of a checkpoint or of weights", "dit_qat.cli.inspect"),
 }
 
@@ -93,7 +102,8 @@ def _run(verb: str, arguments: list[str]) -> int:
         return run_training([verb, *arguments])
     from dit_qat.cli.verbs import run_function
 
-    run_function(getattr(import_module(module), verb), f"dit-qat {verb}", arguments)
+    function = getattr(import_module(module), verb.replace("-", "_"))
+    run_function(function, f"dit-qat {verb}", arguments)
     return 0
 
 

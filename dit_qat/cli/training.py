@@ -1,6 +1,7 @@
 """``dit-qat fit | validate | test``: LightningCLI with our module, callbacks and defaults."""
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pytorch_lightning.cli import (
     SaveConfigCallback,
 )
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from dit_qat.cli.checkpoint import check_fits, step_of
 from dit_qat.cli.quiet import silence_worker_advice
@@ -25,8 +27,8 @@ from dit_qat.dit.training import (
     SampleGrids,
     Throughput,
 )
-from dit_qat.dit.training.runs import claim_run, read_metrics, resume_path
-from dit_qat.export.files import write_json
+from dit_qat.dit.training.runs import check_run, claim_run, read_metrics, resume_path
+from dit_qat.export.files import locked, write_json
 
 __all__ = ["TrainingCLI", "run_training"]
 
@@ -45,6 +47,10 @@ class SaveConfig(SaveConfigCallback):
 
 class TrainingCLI(LightningCLI):
     """Lightning's command line, with the run's folder guarded and resuming made explicit."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self.held:  # Lightning's constructor does the whole run
+            super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -87,9 +93,11 @@ class TrainingCLI(LightningCLI):
             config.ckpt_path = str(path)
             config.weights_only = True
             config.model.fresh_start = False
-        self.starts_anew = self.subcommand == "fit" and not inside
-        if self.starts_anew and not config.overwrite:
-            claim_run(root, overwrite=False)
+        # The other processes of a run find the folder of the first one claimed, and rightly so.
+        self.writes = self.subcommand == "fit" and rank_zero_only.rank == 0
+        self.starts_anew = self.writes and not inside
+        if self.starts_anew:
+            check_run(root, config.overwrite)
         if self.subcommand != "fit":
             read_metrics(root / "metrics.json")  # refused now, rather than after the work
 
@@ -101,8 +109,11 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.ckpt_path is not None:
             check_fits(Path(config.ckpt_path), self.model.hparams, self.subcommand == "fit")
-        if self.starts_anew and config.overwrite:
-            claim_run(Path(config.trainer.default_root_dir), overwrite=True)
+        root = Path(config.trainer.default_root_dir)
+        if self.writes:
+            self.held.enter_context(locked(root))
+        if self.starts_anew:
+            claim_run(root, config.overwrite)
         self.started = time.perf_counter()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -166,6 +177,7 @@ def run_training(arguments: list[str]) -> int:
             "default_root_dir": "runs/default",
             "check_val_every_n_epoch": None,
             "log_every_n_steps": 10,
+            "use_distributed_sampler": False,
         },
         parser_kwargs={"prog": "dit-qat", **parser_kwargs, **verbs},
         load_from_checkpoint_support=False,
@@ -174,10 +186,11 @@ def run_training(arguments: list[str]) -> int:
     )
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Checkpoints) and callback.stopped_by is not None:
-            print(
-                f"stopped by {callback.stopped_by.name} at step {cli.trainer.global_step}; "
-                "continue with --ckpt_path last"
-            )
+            if cli.trainer.is_global_zero:
+                print(
+                    f"stopped by {callback.stopped_by.name} at step {cli.trainer.global_step}; "
+                    "continue with --ckpt_path last"
+                )
             return 128 + callback.stopped_by
     return 0
 

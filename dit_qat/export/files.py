@@ -10,7 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_folder", "claim_folder", "write_json", "written_whole"]
+from filelock import FileLock, Timeout
+
+__all__ = ["check_folder", "claim_folder", "locked", "write_json", "written_whole"]
+
+_LOCK = ".lock"
 
 
 @contextmanager
@@ -99,3 +103,28 @@ def claim_folder(folder: Path, names: Sequence[str], overwrite: bool, cure: str)
     for path in check_folder(folder, names, overwrite, cure):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for one writer at a time, until the block or the process ends.
+
+    The lock is the operating system's, on ``<folder>/.lock``: one that a killed process held is
+    free again, and the file that stays behind means nothing.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(
+            f"another run is writing to {folder} (it holds {folder / _LOCK}); wait for it to end, "
+            "or choose another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

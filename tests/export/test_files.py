@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dit_qat.export.files import check_folder, claim_folder, write_json, written_whole
+from dit_qat.export.files import (
+    check_folder,
+    claim_folder,
+    locked,
+    write_json,
+    written_whole,
+)
 
 
 def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
@@ -75,3 +81,25 @@ def test_only_named_results_are_refused_and_removed(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b").is_dir()
     with pytest.raises(NotADirectoryError, match=r"notes\.txt is a file"):
         claim_folder(tmp_path / "notes.txt", ["x"], True, "")
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    folder = tmp_path / "run"
+    with locked(folder):
+        message = f"another run is writing to {folder}"
+        with pytest.raises(BlockingIOError, match=message), locked(folder):
+            pytest.fail("two writers")
+    with locked(folder):  # free again
+        pass
+
+
+def test_a_killed_writer_leaves_no_lock(tmp_path):
+    code = (
+        "import os, sys, pathlib; from dit_qat.export.files import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert killed.returncode == -9
+    assert (tmp_path / ".lock").exists()
+    with locked(tmp_path):
+        pass

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_qat.dit.evaluation.images import image_grid, save_png
 from dit_qat.dit.models import DiT
+from dit_qat.dit.models.autoencoder import Autoencoder, load_autoencoder
 from dit_qat.dit.sampling import SamplerConfig, sample_images, to_uint8
 from dit_qat.dit.training.ema import EMA
 from dit_qat.layers import QuantLinear
@@ -28,6 +29,8 @@ class SampleGrids(pl.Callback):
         count: Images in the grid; labels count up through the classes.
         columns: Images per row.
         sampler: How to sample.
+        vae: Autoencoder that turns latents into pictures (see ``load_autoencoder``); it visits the
+            GPU for the time of a grid only.
 
     Raises:
         ValueError: for a negative interval, no images or no columns.
@@ -39,6 +42,7 @@ class SampleGrids(pl.Callback):
         count: int = 50,
         columns: int = 10,
         sampler: SamplerConfig | None = None,
+        vae: str | None = None,
     ) -> None:
         if every_n_steps < 0 or count < 1 or columns < 1:
             raise ValueError(
@@ -49,19 +53,30 @@ class SampleGrids(pl.Callback):
         self.count = count
         self.columns = columns
         self.sampler = SamplerConfig(batch_size=count) if sampler is None else sampler
+        self.vae = vae
+        self._decoder: Autoencoder | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse, before any work, what could not be drawn."""
+        """Refuse, before any work, what could not be drawn.
+
+        Raises:
+            ValueError: for guidance without a null class, latents without an autoencoder, or one
+                of another number of channels; errors of ``load_autoencoder``.
+        """
         network = pl_module.network
         if not self.every_n_steps or stage != "fit":
             return
-        if network.in_channels not in (1, 3):
-            raise ValueError(
-                f"samples.every_n_steps={self.every_n_steps}: this network draws latents of "
-                f"{network.in_channels} channels, which cannot be shown yet; set it to 0"
-            )
         if self.sampler.guidance != 1:
             _ = network.null_class  # guidance needs one
+        if self.vae is None and network.in_channels not in (1, 3):
+            raise ValueError(
+                f"samples.every_n_steps={self.every_n_steps}: this network draws latents of "
+                f"{network.in_channels} channels; name the autoencoder that shows them, "
+                "samples.vae, or set samples.every_n_steps to 0"
+            )
+        if self.vae is not None and trainer.is_global_zero:
+            self._decoder = load_autoencoder(self.vae)
+            _check_channels(self._decoder, network)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -69,11 +84,15 @@ class SampleGrids(pl.Callback):
         """Draw a grid when due, on rank zero."""
         step = trainer.global_step
         if _due(trainer, batch_idx, step, self.every_n_steps) and trainer.is_global_zero:
-            self._draw(trainer, _ema_network(trainer, pl_module), step)
+            self._draw(trainer, ema_network(trainer, pl_module), step)
 
     def _draw(self, trainer: pl.Trainer, network: DiT, step: int) -> None:
         batches = sample_images(network, self.sampler, range(self.count))
-        images = to_uint8(torch.cat([images for _, images in batches]))
+        drawn = torch.cat([images for _, images in batches])
+        if self._decoder is not None:
+            drawn = self._decoder.to(drawn.device).decode(drawn)
+            self._decoder.to("cpu")
+        images = to_uint8(drawn)
         grid = image_grid(images, self.columns, scale=max(1, 32 // images.shape[-1]))
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +183,15 @@ def _due(trainer: pl.Trainer, batch_idx: int, step: int, every_n_steps: int) -> 
     return bool(every_n_steps) and last and step % every_n_steps == 0
 
 
-def _ema_network(trainer: pl.Trainer, pl_module: Any) -> DiT:
+def _check_channels(decoder: Autoencoder, network: DiT) -> None:
+    if decoder.space.channels != network.in_channels:
+        raise ValueError(
+            f"samples.vae={decoder.space.source} decodes latents of {decoder.space.channels} "
+            f"channels, the network draws {network.in_channels}; name the one it is trained with"
+        )
+
+
+def ema_network(trainer: pl.Trainer, pl_module: Any) -> DiT:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EMA) and callback.averaged is not None:
             return callback.averaged.network

@@ -105,6 +105,7 @@ class Checkpoints(Checkpoint):
         """At a step boundary: save when due, and stop when a signal asked for it."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of an accumulated step, which a resumed run could not finish
+        self._agree(trainer)
         step, kept = trainer.global_step, self.keep_every_n_steps
         ending = self.stopped_by is not None or step == trainer.max_steps
         path = last_checkpoint(Path(trainer.default_root_dir))
@@ -115,6 +116,14 @@ class Checkpoints(Checkpoint):
         if self.stopped_by is not None:
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # who stops a run does not wait for a validation
+
+    def _agree(self, trainer: pl.Trainer) -> None:
+        """Stop all processes after the same step, whichever of them got a signal."""
+        if trainer.world_size == 1:
+            return
+        stopping = self.stopped_by is not None
+        if trainer.strategy.reduce_boolean_decision(stopping, all=False) and not stopping:
+            self.stopped_by = signal.SIGTERM
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the signals back; later would be after Lightning has put back what it replaced."""

@@ -82,6 +82,8 @@ class DiTTraining(pl.LightningModule):
         self.label_dropout = dropout if network.num_classes else 0.0
         self.schedule = NoiseSchedule()
         self._teacher: tuple[DiT, ...] = ()
+        self._logged: list[dict[str, Tensor]] = []
+        self._evaluated: list[Tensor] = []
         if fresh_start and float_weights is not None:
             load_weights_(network, float_weights)
         if method is not None:
@@ -122,21 +124,29 @@ class DiTTraining(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make other random draws (dropout of a custom network) depend on the step as well."""
-        torch.manual_seed(derive_seed(self.seed, "step", *self._position(batch_idx)))
+        torch.manual_seed(derive_seed(self.seed, "step", self.global_step, self._slot(batch_idx)))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The objective: DiT's loss, plus the weighted distance to the teacher."""
         x_0, labels = batch
-        generator = generator_for(
-            self.seed, "train", *self._position(batch_idx), device=self.device
-        )
-        total, logged = self._loss(x_0, labels, generator, self.label_dropout)
+        generator = generator_for(self.seed, "train", self.global_step, device=self.device)
+        slots = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        draws = self._draw(x_0, generator, self._slot(batch_idx), slots)
+        total, values = self._loss(x_0, labels, draws, self.label_dropout)
         if not torch.isfinite(total):
             raise NonFiniteLossError(f"the loss is {total.item()} {self._cure()}")
-        self.log("train/objective", total)
-        self.log("train/loss", logged.pop("loss"), prog_bar=True)
-        self.log_dict({f"train/{name}": value for name, value in logged.items()})
+        self._log_step({"objective": total.detach(), **values}, batch_idx)
         return total
+
+    def _log_step(self, values: dict[str, Tensor], batch_idx: int) -> None:
+        """Log the means over an optimizer step's micro-batches and processes, at its last one."""
+        self._logged.append(values)
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        for name in values:
+            mean = torch.stack([each[name] for each in self._logged]).mean()
+            self.log(f"train/{name}", mean, prog_bar=name == "loss", sync_dist=True)
+        self._logged = []
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse gradients that would spoil the weights, and with them the next checkpoint."""
@@ -150,34 +160,69 @@ class DiTTraining(pl.LightningModule):
         """DiT's loss, without distillation or label dropout, on fixed noise and timesteps."""
         self._evaluate(batch, batch_idx, "val")
 
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all images and processes."""
+        self._log_means("val")
+
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """DiT's loss, without distillation or label dropout, on fixed noise and timesteps."""
         self._evaluate(batch, batch_idx, "test")
 
+    def on_test_epoch_end(self) -> None:
+        """Log the means over all images and processes."""
+        self._log_means("test")
+
     def _evaluate(self, batch: tuple[Tensor, Tensor], batch_idx: int, stage: str) -> None:
         x_0, labels = batch
-        generator = generator_for(self.seed, stage, batch_idx, device=self.device)
-        _, values = self._loss(x_0, labels, generator, label_dropout=0.0)
-        self.log_dict(
-            {f"{stage}/{name}": value for name, value in values.items()},
-            batch_size=x_0.shape[0],
-            prog_bar=True,
-            sync_dist=True,
-        )
+        number = batch_idx * self.trainer.world_size + self.global_rank
+        generator = generator_for(self.seed, stage, number, device=self.device)
+        _, values = self._loss(x_0, labels, self._draw(x_0, generator), label_dropout=0.0)
+        row = torch.stack([torch.ones_like(values["loss"]), *(values[n] for n in self._scores)])
+        self._evaluated.append(row * len(x_0))
 
-    def _loss(
-        self, x_0: Tensor, labels: Tensor, generator: torch.Generator, label_dropout: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def _scores(self) -> tuple[str, ...]:
+        return ("loss", "mse", "vb", *("teacher" for _ in self._teacher))
+
+    def _log_means(self, stage: str) -> None:
+        # Not by Lightning's mean over processes, which rounds the number of images per process.
+        nothing = torch.zeros(1 + len(self._scores), device=self.device)
+        sums = torch.stack([nothing, *self._evaluated]).sum(dim=0)
+        self._evaluated = []
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        if sums[0] == 0:
+            return
+        for name, value in zip(self._scores, sums[1:], strict=True):
+            self.log(f"{stage}/{name}", value / sums[0], prog_bar=True)
+
+    def _draw(
+        self, x_0: Tensor, generator: torch.Generator, slot: int = 0, slots: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Timesteps (N,), noise like x_0 and uniform numbers (N,) of the step's ``slot``-th part.
+
+        The numbers of the whole step are drawn, so that they do not depend on who draws which.
+        """
         count = x_0.shape[0]
         draw: dict[str, Any] = {"generator": generator, "device": x_0.device}
-        t = torch.randint(0, self.schedule.steps, (count,), **draw)
-        noise = torch.randn(x_0.shape, **draw)
+        t = torch.randint(0, self.schedule.steps, (slots * count,), **draw)
+        noise = torch.randn((slots * count, *x_0.shape[1:]), **draw)
+        uniform = torch.rand(slots * count, **draw)
+        rows = slice(slot * count, (slot + 1) * count)
+        return t[rows], noise[rows], uniform[rows]
+
+    def _loss(
+        self,
+        x_0: Tensor,
+        labels: Tensor,
+        draws: tuple[Tensor, Tensor, Tensor],
+        label_dropout: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        t, noise, uniform = draws
         y: Tensor | None = None
         if self.network.num_classes:
             y = labels
             if label_dropout:
-                dropped = torch.rand(count, **draw) < label_dropout
-                y = torch.where(dropped, self.network.null_class, labels)
+                y = torch.where(uniform < label_dropout, self.network.null_class, labels)
         x_t = self.schedule.add_noise(x_0, noise, t)
         output = self(x_t, t, y)
         loss = diffusion_loss(output, x_0, x_t, noise, t, self.schedule)
@@ -200,10 +245,10 @@ class DiTTraining(pl.LightningModule):
             "before this step"
         )
 
-    def _position(self, batch_idx: int) -> tuple[int, int]:
-        """Optimizer step, and micro-batch within it over all processes."""
+    def _slot(self, batch_idx: int) -> int:
+        """Which part of the optimizer step's batch this one is, as ``StepBatchSampler`` deals."""
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
-        return self.global_step, micro_batch * self.trainer.world_size + self.global_rank
+        return micro_batch * self.trainer.world_size + self.global_rank
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a learning rate per kind of parameter, warm-up and decay by step."""

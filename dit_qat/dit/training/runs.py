@@ -5,23 +5,28 @@ from pathlib import Path
 from typing import Any
 
 from dit_qat.dit.training.checkpoints import last_checkpoint
-from dit_qat.export.files import claim_folder
+from dit_qat.export.files import check_folder, claim_folder
 
-__all__ = ["RESULTS", "claim_run", "read_metrics", "resume_path"]
+__all__ = ["RESULTS", "check_run", "claim_run", "read_metrics", "resume_path"]
 
 RESULTS = ("checkpoints", "samples", "tensorboard", "config.yaml", "metrics.json")
 """What a training run leaves in its folder."""
 
+_CURE = (
+    "continue that run with --ckpt_path last, choose another --trainer.default_root_dir, or "
+    "pass --overwrite true to replace them"
+)
 _VERBS = {"fit", "validate", "test"}
+
+
+def check_run(root: Path, overwrite: bool) -> None:
+    """Raise what :func:`claim_run` would, and change nothing."""
+    check_folder(root, RESULTS, overwrite, _CURE)
 
 
 def claim_run(root: Path, overwrite: bool) -> None:
     """Make sure that a fresh run does not write over another's results (see ``claim_folder``)."""
-    cure = (
-        "continue that run with --ckpt_path last, choose another --trainer.default_root_dir, or "
-        "pass --overwrite true to replace them"
-    )
-    claim_folder(root, RESULTS, overwrite, cure)
+    claim_folder(root, RESULTS, overwrite, _CURE)
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

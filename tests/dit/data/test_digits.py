@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dit_qat.dit.data import Digits, digit_images
+from dit_qat.dit.models import DiT
 
 
 class Probe(pl.LightningModule):
@@ -131,16 +132,40 @@ def test_a_module_without_a_seed_is_refused():
         data.train_dataloader()
 
 
-def test_several_processes_are_refused(monkeypatch):
-    data, trainer = Digits(seed=0), make_trainer(1)
+def test_processes_share_the_batch_of_one(monkeypatch):
+    def batches(rank, world_size):
+        data, trainer = Digits(batch_size=30, seed=0), make_trainer(3)
+        data.trainer = trainer
+        monkeypatch.setattr(pl.Trainer, "world_size", world_size)
+        monkeypatch.setattr(pl.Trainer, "global_rank", rank)
+        return list(data.train_dataloader())
+
+    whole = batches(0, 1)
+    shares = [batches(rank, 3) for rank in range(3)]
+    for step, (images, labels) in enumerate(whole):
+        assert torch.equal(torch.cat([share[step][0] for share in shares]), images)
+        assert torch.equal(torch.cat([share[step][1] for share in shares]), labels)
+
+
+def test_processes_that_do_not_divide_the_batch_are_refused(monkeypatch):
+    data, trainer = Digits(batch_size=50, seed=0), make_trainer(1)
     data.trainer = trainer
-    monkeypatch.setattr(pl.Trainer, "world_size", 2)
-    with pytest.raises(ValueError, match=r"trainer\.devices=1"):
+    monkeypatch.setattr(pl.Trainer, "world_size", 3)
+    with pytest.raises(ValueError, match="batch_size=50 .* 3 processes .* multiple of 3"):
         data.train_dataloader()
 
 
+def test_a_network_that_does_not_fit_is_refused():
+    tiny = {"hidden_size": 8, "depth": 1, "num_heads": 1}
+    with pytest.raises(ValueError, match="set its in_channels and input_size"):
+        Digits().check_network(DiT(32, 2, 4, num_classes=10, **tiny))
+    with pytest.raises(ValueError, match="num_classes=9"):
+        Digits().check_network(DiT(8, 2, 1, num_classes=9, **tiny))
+    Digits().check_network(DiT(8, 2, 1, num_classes=0, **tiny))
+
+
 def test_training_batches_without_a_trainer_are_refused():
-    with pytest.raises(RuntimeError, match="digit_images"):
+    with pytest.raises(RuntimeError, match="Digits has no trainer"):
         Digits().train_dataloader()
 
 

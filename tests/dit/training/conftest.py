@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
 
-from dit_qat.dit.data import Digits
+from dit_qat.dit.data import Digits, Draw, StepData
 from dit_qat.dit.methods import Method
 from dit_qat.dit.models import DiT, save_dit
 from dit_qat.dit.training import EMA, Checkpoints, DiTTraining, OptimizerConfig
@@ -22,6 +24,45 @@ NETWORK = {
     "num_heads": 2,
     "num_classes": 10,
 }
+
+
+class _NormalLatents:
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(draw.position)
+        return torch.randn(len(draw.indices), 4, 8, 8), torch.tensor(draw.indices)
+
+
+class NormalLatents(StepData):
+    """Eight random latents (4, 8, 8) of as many classes."""
+
+    def train_dataset(self) -> _NormalLatents:
+        return _NormalLatents()
+
+    def validation_dataset(self) -> _NormalLatents:
+        return _NormalLatents()
+
+
+@pytest.fixture
+def latents() -> NormalLatents:
+    return NormalLatents(batch_size=4)
+
+
+@pytest.fixture
+def vae_folder(tmp_path: Path) -> Path:
+    """A small random autoencoder: 4 latent channels, 2 pixels per latent."""
+    torch.manual_seed(0)
+    network = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+    network.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
 
 
 @pytest.fixture
@@ -61,6 +102,7 @@ def fit() -> Callable[..., pl.Trainer]:
         steps: int,
         callbacks: list[pl.Callback] | None = None,
         ckpt_path: str | None = None,
+        data: pl.LightningDataModule | None = None,
         **kwargs: Any,
     ) -> pl.Trainer:
         if callbacks is None:
@@ -76,7 +118,7 @@ def fit() -> Callable[..., pl.Trainer]:
             check_val_every_n_epoch=None,
             **kwargs,
         )
-        trainer.fit(module, Digits(batch_size=16), ckpt_path=ckpt_path)
+        trainer.fit(module, data or Digits(batch_size=16), ckpt_path=ckpt_path)
         return trainer
 
     return run

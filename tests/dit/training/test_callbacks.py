@@ -14,6 +14,7 @@ from pytorch_lightning.loggers import Logger
 from dit_qat.dit.evaluation.images import image_grid
 from dit_qat.dit.methods import RobuQ
 from dit_qat.dit.models import DiT
+from dit_qat.dit.models.autoencoder import load_autoencoder
 from dit_qat.dit.sampling import SamplerConfig, sample_images, to_uint8
 from dit_qat.dit.training import (
     EMA,
@@ -80,10 +81,29 @@ def test_sampling_in_between_changes_nothing(tmp_path: Path, make_module: Make, 
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in tensors)
 
 
-def test_latents_cannot_be_drawn_and_that_is_said_first(tmp_path: Path, fit: Fit) -> None:
+def test_latents_are_shown_through_the_autoencoder(
+    tmp_path: Path, fit: Fit, latents: pl.LightningDataModule, vae_folder: Path
+) -> None:
     module = DiTTraining(DiT(8, 4, 4, 32, 1, 2, num_classes=10))
-    with pytest.raises(ValueError, match="latents of 4 channels"):
-        fit(module, tmp_path, 2, [SampleGrids(1, 6, 3, SAMPLER)])
+    grids = SampleGrids(2, 6, 3, SAMPLER, vae=str(vae_folder))
+    fit(module, tmp_path, 2, [grids, Checkpoints(2)], data=latents)
+    network = load_checkpoint(last_checkpoint(tmp_path), "current").network
+    drawn = torch.cat([images for _, images in sample_images(network, SAMPLER, range(6))])
+    expected = to_uint8(load_autoencoder(str(vae_folder)).decode(drawn))
+    assert expected.shape == (6, 3, 16, 16)
+    grid = np.array(Image.open(tmp_path / "samples" / "step_0000002.png"))
+    assert np.array_equal(grid, image_grid(expected, 3, scale=2))
+
+
+def test_latents_need_an_autoencoder_that_fits(
+    tmp_path: Path, fit: Fit, latents: pl.LightningDataModule, vae_folder: Path
+) -> None:
+    module = DiTTraining(DiT(8, 4, 4, 32, 1, 2, num_classes=10))
+    with pytest.raises(ValueError, match=r"latents of 4 channels; name .* samples\.vae"):
+        fit(module, tmp_path, 2, [SampleGrids(1, 6, 3, SAMPLER)], data=latents)
+    digits = DiTTraining(DiT(8, 4, 1, 32, 1, 2, num_classes=10))
+    with pytest.raises(ValueError, match="4 channels, the network draws 1"):
+        fit(digits, tmp_path, 2, [SampleGrids(1, 6, 3, SAMPLER, vae=str(vae_folder))])
 
 
 def test_guidance_needs_a_null_class(tmp_path: Path, fit: Fit) -> None:

@@ -174,7 +174,8 @@ def test_label_dropout_share(make_module: Make, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "forward", forward)
     images = torch.zeros(4000, 1, 8, 8)
     labels = torch.full((4000,), 3)
-    module._loss(images, labels, torch.Generator().manual_seed(0), 0.25)
+    draws = module._draw(images, torch.Generator().manual_seed(0))
+    module._loss(images, labels, draws, 0.25)
     dropped = (seen[0] == module.network.null_class).float().mean()
     assert abs(float(dropped) - 0.25) < 0.03
     assert set(seen[0].tolist()) == {3, module.network.null_class}

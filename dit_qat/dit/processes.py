@@ -1,0 +1,106 @@
+"""Several processes for one command: their ranks, their devices, and what they tell each other.
+
+Lightning Fabric starts and connects them: on one machine by running the command again, under
+torchrun and SLURM by joining the processes that are there.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import TorchElasticEnvironment
+
+__all__ = ["Processes", "launch", "pick_device"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its equals.
+
+    Attributes:
+        rank: Its number, from 0, over all machines.
+        world_size: How many there are.
+        device: The one that is this process's own.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether this one writes what is written once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        self.gather(None)
+
+    def gather(self, value: T) -> list[T]:
+        """Values of every process, in rank order, on every process; anything that pickles."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def launch(device: str = "auto", devices: int = 1, num_nodes: int = 1) -> Processes:
+    """Start or join the processes of a command; every one of them returns from this call.
+
+    Args:
+        device: auto, cpu, cuda, or cuda:1 for a single process.
+        devices: Processes per machine, each with a device of its own; torchrun's count goes first.
+        num_nodes: Machines; each must be told to run the command (torchrun and SLURM do).
+
+    Raises:
+        ValueError: for a device or a number of them that is not there.
+    """
+    chosen = pick_device(device)
+    if TorchElasticEnvironment.detect():
+        devices = int(os.environ.get("LOCAL_WORLD_SIZE", devices))
+        num_nodes = int(os.environ["WORLD_SIZE"]) // devices
+    if devices < 1 or num_nodes < 1:
+        raise ValueError(f"--devices {devices} and --num_nodes {num_nodes} must be at least 1")
+    if devices * num_nodes == 1:
+        return Processes(0, 1, chosen)
+    _check_count(chosen, devices)
+    fabric = Fabric(accelerator=chosen.type, devices=devices, num_nodes=num_nodes, strategy="ddp")
+    fabric.launch()
+    return Processes(fabric.global_rank, fabric.world_size, fabric.device)
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of that name; ``auto`` is the GPU if there is one.
+
+    Raises:
+        ValueError: for a name that is no device, or a GPU that is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"--device {device} is no device; use auto, cpu, cuda or cuda:1"
+        ) from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch finds no GPU here; use --device cpu")
+    return found
+
+
+def _check_count(device: torch.device, devices: int) -> None:
+    if device.index is not None:
+        raise ValueError(
+            f"--device {device} is one device, --devices asks for {devices} of them; name the kind "
+            f"only, --device {device.type}, and choose by CUDA_VISIBLE_DEVICES"
+        )
+    if device.type == "cuda" and devices > torch.cuda.device_count():
+        raise ValueError(
+            f"--devices {devices}: torch finds {torch.cuda.device_count()} GPUs on this machine"
+        )
