@@ -1,5 +1,6 @@
 """``dit-qat fit | validate | test``: LightningCLI with our module, callbacks and defaults."""
 
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,7 @@ from dit_qat.dit.training import (
     EMA,
     Checkpoints,
     DiTTraining,
+    OnlineMetrics,
     QuantStatistics,
     SampleGrids,
     Throughput,
@@ -65,6 +67,7 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(SampleGrids, "samples")
         parser.add_lightning_class_args(QuantStatistics, "statistics")
         parser.add_lightning_class_args(Throughput, "throughput")
+        parser.add_lightning_class_args(OnlineMetrics, "online")
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="Replace the results of an earlier run."
         )
@@ -93,10 +96,8 @@ class TrainingCLI(LightningCLI):
             config.ckpt_path = str(path)
             config.weights_only = True
             config.model.fresh_start = False
-        # The other processes of a run find the folder of the first one claimed, and rightly so.
-        self.writes = self.subcommand == "fit" and rank_zero_only.rank == 0
-        self.starts_anew = self.writes and not inside
-        if self.starts_anew:
+        self.starts_anew = self.subcommand == "fit" and not inside
+        if self.starts_anew and _is_first():
             check_run(root, config.overwrite)
         if self.subcommand != "fit":
             read_metrics(root / "metrics.json")  # refused now, rather than after the work
@@ -110,10 +111,11 @@ class TrainingCLI(LightningCLI):
         if config.ckpt_path is not None:
             check_fits(Path(config.ckpt_path), self.model.hparams, self.subcommand == "fit")
         root = Path(config.trainer.default_root_dir)
-        if self.writes:
+        # The other processes of a run find the folder of the first one claimed, and rightly so.
+        if self.trainer.is_global_zero and self.subcommand == "fit":
             self.held.enter_context(locked(root))
-        if self.starts_anew:
-            claim_run(root, config.overwrite)
+            if self.starts_anew:
+                claim_run(root, config.overwrite)
         self.started = time.perf_counter()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -193,6 +195,11 @@ def run_training(arguments: list[str]) -> int:
                 )
             return 128 + callback.stopped_by
     return 0
+
+
+def _is_first() -> bool:
+    """Whether this is the process that writes, as far as that shows before there is a trainer."""
+    return getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def _run_seed(seed: bool | int) -> int:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import TorchElasticEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 __all__ = ["Processes", "launch", "pick_device"]
 
@@ -95,7 +95,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def _check_count(device: torch.device, devices: int) -> None:
-    if device.index is not None:
+    if ":" in str(device):
         raise ValueError(
             f"--device {device} is one device, --devices asks for {devices} of them; name the kind "
             f"only, --device {device.type}, and choose by CUDA_VISIBLE_DEVICES"

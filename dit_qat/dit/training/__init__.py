@@ -4,6 +4,7 @@ from dit_qat.dit.training.callbacks import QuantStatistics, SampleGrids, Through
 from dit_qat.dit.training.checkpoints import AtomicCheckpointIO, Checkpoints, last_checkpoint
 from dit_qat.dit.training.ema import EMA
 from dit_qat.dit.training.module import DiTTraining, NonFiniteLossError
+from dit_qat.dit.training.online import OnlineMetrics
 from dit_qat.dit.training.optimizer import OptimizerConfig
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Checkpoints",
     "DiTTraining",
     "NonFiniteLossError",
+    "OnlineMetrics",
     "OptimizerConfig",
     "QuantStatistics",
     "SampleGrids",

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dit_qat.dit.evaluation.images import image_grid, save_png
 from dit_qat.dit.models import DiT
-from dit_qat.dit.models.autoencoder import Autoencoder, load_autoencoder
+from dit_qat.dit.models.autoencoder import Autoencoder, check_channels, load_autoencoder
 from dit_qat.dit.sampling import SamplerConfig, sample_images, to_uint8
-from dit_qat.dit.training.ema import EMA
+from dit_qat.dit.training.ema import ema_network
 from dit_qat.layers import QuantLinear
 from dit_qat.layers.statistics import layer_statistics
 
@@ -76,7 +76,7 @@ class SampleGrids(pl.Callback):
             )
         if self.vae is not None and trainer.is_global_zero:
             self._decoder = load_autoencoder(self.vae)
-            _check_channels(self._decoder, network)
+            check_channels(self._decoder.space, network)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -181,19 +181,3 @@ def _due(trainer: pl.Trainer, batch_idx: int, step: int, every_n_steps: int) -> 
     """Whether a batch is the last of optimizer step ``step``, and that step is due."""
     last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
     return bool(every_n_steps) and last and step % every_n_steps == 0
-
-
-def _check_channels(decoder: Autoencoder, network: DiT) -> None:
-    if decoder.space.channels != network.in_channels:
-        raise ValueError(
-            f"samples.vae={decoder.space.source} decodes latents of {decoder.space.channels} "
-            f"channels, the network draws {network.in_channels}; name the one it is trained with"
-        )
-
-
-def ema_network(trainer: pl.Trainer, pl_module: Any) -> DiT:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EMA) and callback.averaged is not None:
-            return callback.averaged.network
-    network: DiT = pl_module.network
-    return network

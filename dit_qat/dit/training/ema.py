@@ -1,12 +1,15 @@
 """Exponential moving average of the weights, through Lightning's callback."""
 
+from typing import Any
+
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy
 
+from dit_qat.dit.models import DiT
 from dit_qat.dit.training.module import DiTTraining
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "ema_network"]
 
 
 class EMA(EMAWeightAveraging):
@@ -46,3 +49,15 @@ class EMA(EMAWeightAveraging):
         module = self._average_model.module
         assert isinstance(module, DiTTraining)
         return module
+
+
+def ema_network(trainer: pl.Trainer, pl_module: Any) -> DiT:
+    """The network with the averaged weights; the one in training where nothing is averaged.
+
+    Not for use inside a validation, during which the callback swaps the two.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EMA) and callback.averaged is not None:
+            return callback.averaged.network
+    network: DiT = pl_module.network
+    return network
