@@ -15,7 +15,9 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 from safetensors import SafetensorError
 from torch import Tensor
 
-__all__ = ["Autoencoder", "LatentSpace", "load_autoencoder"]
+from dit_qat.dit.models.dit import DiT
+
+__all__ = ["Autoencoder", "LatentSpace", "check_channels", "load_autoencoder"]
 
 _KIND = "AutoencoderKL"
 _SUBFOLDER = "vae"
@@ -45,9 +47,9 @@ class LatentSpace:
     channels: int
     downscale: int
 
-    def scale(self, latents: Tensor) -> Tensor:
-        """Latents of the autoencoder as the DiT sees them."""
-        return (latents - self.shift_factor) * self.scaling_factor
+    def scale_(self, latents: Tensor) -> Tensor:
+        """Make latents of the autoencoder, in place, what the DiT sees."""
+        return latents.sub_(self.shift_factor).mul_(self.scaling_factor)
 
     def unscale(self, latents: Tensor) -> Tensor:
         """Latents of the DiT as the autoencoder sees them."""
@@ -270,3 +272,16 @@ def _weights_sha256(network: AutoencoderKL) -> str:
         digest.update(f"{name} {tuple(values.shape)}\n".encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def check_channels(space: LatentSpace, network: DiT) -> None:
+    """Make sure that an autoencoder decodes what a network draws.
+
+    Raises:
+        ValueError: if the numbers of channels differ.
+    """
+    if space.channels != network.in_channels:
+        raise ValueError(
+            f"the autoencoder {space.source} decodes latents of {space.channels} channels, the "
+            f"network draws {network.in_channels}; name the one that it was trained with"
+        )

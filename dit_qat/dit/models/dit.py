@@ -15,6 +15,8 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dit_qat.dit.models.hub import HubModel
+
 __all__ = ["DiT", "DiTBlock", "FinalLayer", "LabelEmbedder", "TimestepEmbedder"]
 
 _EXTRA_STATE = "._extra_state"
@@ -139,7 +141,7 @@ class FinalLayer(nn.Module):
         return out
 
 
-class DiT(nn.Module):
+class DiT(nn.Module, HubModel):
     """Diffusion transformer that predicts the noise and, if asked, the variance of a step.
 
     It draws no random numbers: who trains with label dropout replaces labels by ``null_class``.

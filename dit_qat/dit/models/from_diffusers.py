@@ -6,23 +6,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_qat.dit.models.build import build_dit
 from dit_qat.dit.models.dit import DiT
 
-__all__ = ["dit_from_diffusers"]
+__all__ = [
+    "BLOCK_LAYERS",
+    "EMBEDDERS",
+    "OUTER_LAYERS",
+    "REQUIRED",
+    "dit_from_diffusers",
+    "weights_from_diffusers",
+]
 
 # Names in a block of ours -> names in a block of diffusers.
-_BLOCK_LAYERS = {
+BLOCK_LAYERS = {
     "attn.proj": "attn1.to_out.0",
     "mlp.fc1": "ff.net.0.proj",
     "mlp.fc2": "ff.net.2",
     "adaLN_modulation.1": "norm1.linear",
 }
-_OUTER_LAYERS = {
+OUTER_LAYERS = {
     "x_embedder.proj": "pos_embed.proj",
     "final_layer.adaLN_modulation.1": "proj_out_1",
     "final_layer.linear": "proj_out_2",
 }
-_EMBEDDERS = {
+EMBEDDERS = {
     "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
     "t_embedder.mlp.0.bias": "timestep_embedder.linear_1.bias",
     "t_embedder.mlp.2.weight": "timestep_embedder.linear_2.weight",
@@ -39,7 +47,7 @@ _NEEDED = (
     "num_embeds_ada_norm",
 )
 # What the conversion takes for granted; diffusers' classes can be configured otherwise.
-_REQUIRED = {
+REQUIRED = {
     "activation_fn": "gelu-approximate",
     "norm_type": "ada_norm_zero",
     "norm_elementwise_affine": False,
@@ -71,17 +79,41 @@ def dit_from_diffusers(
         state = model_or_state_dict
     if config is None:
         raise ValueError("a state dict does not tell the number of heads: pass diffusers' config")
-    model = DiT(**_arguments(config))
-    weights: dict[str, Tensor] = {"pos_embed": model.pos_embed}
+    arguments, weights = weights_from_diffusers(state, config, "diffusers' model")
+    copies = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in weights.items()}
+    return build_dit(arguments, copies, "diffusers' model")
+
+
+def weights_from_diffusers(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], source: object
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Name and group the tensors of a ``DiTTransformer2DModel`` as :class:`DiT` does.
+
+    Args:
+        state: Its state dict; what is not regrouped is not copied.
+        config: Its configuration.
+        source: Where both come from, for messages.
+
+    Returns:
+        Arguments of :class:`DiT`, and its tensors.
+
+    Raises:
+        ValueError: As for :func:`dit_from_diffusers`.
+    """
     try:
-        weights |= _renamed(state, model.depth)
+        arguments = _arguments(config)
+        # The table of positions is computed: a DiT without blocks has the same.
+        with torch.random.fork_rng(devices=[]):
+            bare = DiT(**(arguments | {"depth": 0, "num_classes": 0}))
+        weights = {"pos_embed": bare.pos_embed.detach()} | _renamed(state, arguments["depth"])
     except KeyError as error:
         raise ValueError(
-            f"the weights lack {error}; they are not those of a DiTTransformer2DModel "
-            f"with num_layers={model.depth}"
+            f"{source}: the weights lack {error}; they are not those of a DiTTransformer2DModel "
+            f"with num_layers={config['num_layers']}"
         ) from error
-    model.load_state_dict(weights)
-    return model
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+    return arguments, weights
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +123,7 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             f"the configuration lacks {', '.join(missing)}; pass the whole config.json of a "
             "DiTTransformer2DModel"
         )
-    for name, required in _REQUIRED.items():
+    for name, required in REQUIRED.items():
         if config.get(name, required) != required:
             raise ValueError(
                 f"diffusers' {name}={config[name]!r} has no counterpart here; only models with "
@@ -121,13 +153,13 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 def _renamed(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     weights = _shared_embedders(state, depth)
     for kind in ("weight", "bias"):
-        for ours, theirs in _OUTER_LAYERS.items():
+        for ours, theirs in OUTER_LAYERS.items():
             weights[f"{ours}.{kind}"] = state[f"{theirs}.{kind}"]
         for i in range(depth):
             prefix = f"transformer_blocks.{i}"
             qkv = [state[f"{prefix}.attn1.to_{part}.{kind}"] for part in "qkv"]
             weights[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(qkv)
-            for ours, theirs in _BLOCK_LAYERS.items():
+            for ours, theirs in BLOCK_LAYERS.items():
                 weights[f"blocks.{i}.{ours}.{kind}"] = state[f"{prefix}.{theirs}.{kind}"]
     return weights
 
@@ -135,7 +167,7 @@ def _renamed(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
 def _shared_embedders(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     """Return the first block's embedders, after a check that every block has the same."""
     weights = {}
-    for ours, theirs in _EMBEDDERS.items():
+    for ours, theirs in EMBEDDERS.items():
         copies = [state[f"transformer_blocks.{i}.norm1.emb.{theirs}"] for i in range(depth)]
         for i, copy in enumerate(copies):
             if not torch.equal(copy, copies[0]):

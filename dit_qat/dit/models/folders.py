@@ -1,0 +1,97 @@
+"""Folders that are written whole or not at all, and what a full disk is called."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from dit_qat.export.files import locked
+
+__all__ = ["writing", "written_folder"]
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def written_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``target``; rename it when the block ends well.
+
+    An existing ``target`` stays as it is until the new one is whole; whether it may be replaced is
+    the caller's question. What a killed process leaves (``.NAME.partial``, or the old folder as
+    ``.NAME.old`` between two renames) the next one to write ``target`` clears, or puts back.
+
+    Raises:
+        BlockingIOError: If another process is writing ``target``.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    with locked(partial):
+        _put_back(target)
+        _clear(partial)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
+        (partial / _LOCK).unlink(missing_ok=True)
+        _flush(partial)
+        _swap(partial, target)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Call what torch and safetensors raise on a full disk by its name.
+
+    Raises:
+        OSError: If the block cannot write.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(
+            f"could not write {target} ({error}); free space or choose another place"
+        ) from error
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _put_back(target: Path) -> None:
+    """Undo a swap that was cut short."""
+    if _old(target).is_dir():
+        if target.exists():
+            shutil.rmtree(_old(target))
+        else:
+            _old(target).rename(target)
+
+
+def _clear(partial: Path) -> None:
+    for path in partial.iterdir():
+        if path.name == _LOCK:
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _flush(partial: Path) -> None:
+    """Have every file on the disk before the folder gets its name, and readable by all."""
+    for path in partial.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            path.chmod(0o644)  # safetensors makes files that only their owner reads
+
+
+def _swap(partial: Path, target: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    target.rename(_old(target))
+    try:
+        partial.rename(target)
+    except OSError:
+        _old(target).rename(target)
+        raise
+    shutil.rmtree(_old(target))
