@@ -20,8 +20,12 @@ _LOGGED = (
     "try installing [litmodels]",
     # AtomicCheckpointIO loads with weights_only=True whatever it is told.
     "`weights_only` was not set, defaulting to `False`",
+    # A banner per process; the commands say themselves what several of them do.
+    "Initializing distributed: GLOBAL_RANK",
+    "distributed_backend=",
 )
 _LOGGERS = (
+    "lightning_fabric.utilities.distributed",
     "pytorch_lightning.utilities.rank_zero",
     "lightning_fabric.utilities.rank_zero",
     "pytorch_lightning.trainer.connectors.checkpoint_connector",

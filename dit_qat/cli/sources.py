@@ -1,35 +1,43 @@
 """The network a command is about: from a training checkpoint, or from float weights."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dit_qat.dit.models import DiT, load_dit
-from dit_qat.dit.training.loading import load_checkpoint
+from dit_qat.dit.models.autoencoder import LatentSpace
+from dit_qat.dit.training.loading import load_checkpoint, read_checkpoint
 
-__all__ = ["load_network", "pick_device"]
+__all__ = ["Source", "load_network", "load_source"]
+
+_LATENTS = "Latents"  # the data module, under whose name Lightning keeps what it has to say
 
 
-def pick_device(device: str) -> torch.device:
-    """The device of that name; ``auto`` is the GPU if there is one.
+@dataclass(frozen=True)
+class Source:
+    """A network and where it came from.
 
-    Raises:
-        ValueError: for a name that is no device, or a GPU that is not there.
+    Attributes:
+        network: In evaluation mode.
+        name: What the user called it.
+        weights: ``ema`` of a checkpoint, or ``float``.
+        step: Optimizer steps behind a checkpoint.
+        latent_space: What the latents mean that a checkpoint was trained on.
     """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"--device {device} is no device; use auto, cpu, cuda or cuda:1"
-        ) from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch finds no GPU here; use --device cpu")
-    return found
+
+    network: DiT
+    name: str
+    weights: str
+    step: int | None = None
+    latent_space: LatentSpace | None = None
 
 
-def load_network(checkpoint: Path | None, weights: str | None, device: torch.device) -> DiT:
+def load_source(
+    checkpoint: Path | None, weights: str | None, device: torch.device | str = "cpu"
+) -> Source:
     """The EMA network of a checkpoint, or a float network.
 
     Raises:
@@ -39,9 +47,30 @@ def load_network(checkpoint: Path | None, weights: str | None, device: torch.dev
         given = "neither is" if checkpoint is None else "both are"
         raise ValueError(
             f"{given} given: name one source, --checkpoint FILE.ckpt (of dit-qat fit) or --weights "
-            "SOURCE (digits, a .safetensors file, a published .pt)"
+            "SOURCE (digits, a .safetensors file, a published .pt, a diffusers folder, a hub id)"
         )
-    if checkpoint is not None:
-        return load_checkpoint(checkpoint, device=device).network
-    assert weights is not None
-    return load_dit(weights, device).eval()
+    if checkpoint is None:
+        assert weights is not None
+        return Source(load_dit(weights, device).eval(), weights, "float")
+    content = read_checkpoint(checkpoint)
+    space = _latent_space(checkpoint, content)
+    network = load_checkpoint(checkpoint, device=device).network
+    return Source(network, str(checkpoint), "ema", int(content["global_step"]), space)
+
+
+def load_network(checkpoint: Path | None, weights: str | None, device: torch.device) -> DiT:
+    """The network of :func:`load_source`."""
+    return load_source(checkpoint, weights, device).network
+
+
+def _latent_space(checkpoint: Path, content: Mapping[str, Any]) -> LatentSpace | None:
+    saved = content.get(_LATENTS, {}).get("latent_space")
+    if saved is None:
+        return None
+    try:
+        return LatentSpace(**saved)
+    except TypeError as error:
+        raise ValueError(
+            f"{checkpoint} describes its latents in another way ({error}); load it with the "
+            "version of dit_qat that wrote it"
+        ) from error

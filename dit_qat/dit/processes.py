@@ -6,16 +6,20 @@ torchrun and SLURM by joining the processes that are there.
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
 
 __all__ = ["Processes", "launch", "pick_device"]
 
 T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)

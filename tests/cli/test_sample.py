@@ -1,13 +1,20 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from dit_qat.cli.main import main
 from dit_qat.dit.evaluation import load_images
 from dit_qat.dit.models import DiT, save_dit
+from dit_qat.dit.models.autoencoder import load_autoencoder
 from dit_qat.dit.sampling import SamplerConfig, sample_images, to_uint8
 from dit_qat.dit.training.loading import load_checkpoint
 
@@ -84,12 +91,149 @@ def test_latents(latent_weights, tmp_path, refused):
     source = ["--weights", latent_weights, "--out", out, "--num", "3", *SAMPLER]
     message = refused("sample", *source)
     assert "4 channels" in message
+    assert "--vae SOURCE" in message
     assert "--latents true" in message
     assert not out.exists()
     assert main(["sample", *map(str, source), "--latents", "true"]) == 0
     drawn = np.load(out / "latents.npz")["arr_0"]
     assert (drawn.shape, drawn.dtype) == ((3, 4, 8, 8), np.float32)
-    assert sorted(path.name for path in out.iterdir()) == ["latents.npz", "metrics.json"]
+    names = sorted(path.name for path in out.iterdir() if path.name != ".lock")
+    assert names == ["latents.npz", "metrics.json", "sampling.json"]
+
+
+class TestDecoding:
+    """A network of 4 latent channels, with a small random autoencoder."""
+
+    @pytest.fixture
+    def vae(self, tmp_path):
+        return self.save(tmp_path / "vae", seed=0)
+
+    def save(self, folder, seed, channels=4):
+        torch.manual_seed(seed)
+        network = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            latent_channels=channels,
+            norm_num_groups=4,
+            sample_size=16,
+        )
+        network.save_pretrained(folder)
+        return folder
+
+    @pytest.fixture
+    def arguments(self, latent_weights, tmp_path):
+        return ["sample", "--weights", str(latent_weights), "--num", "6", *SAMPLER]
+
+    @pytest.fixture
+    def trained(self, checkpoint, vae, network, tmp_path):
+        """A checkpoint of a run on latents of ``vae``; its network draws one channel."""
+        self.save(vae, seed=0, channels=1)
+        content = torch.load(checkpoint, weights_only=True)
+        space = vars(load_autoencoder(vae).space)
+        torch.save(content | {"Latents": {"latent_space": space}}, tmp_path / "latent.ckpt")
+        return tmp_path / "latent.ckpt"
+
+    def test_latents_become_images(self, arguments, vae, latent_weights, tmp_path):
+        out = tmp_path / "out"
+        assert main([*arguments, "--out", str(out), "--vae", str(vae), "--npz"]) == 0
+        assert main([*arguments, "--out", str(tmp_path / "raw"), "--latents"]) == 0
+        latents = torch.from_numpy(np.load(tmp_path / "raw" / "latents.npz")["arr_0"])
+        autoencoder = load_autoencoder(vae)
+        batches = [autoencoder.decode(part) for part in latents.split(4)]
+        assert torch.equal(load_images(out / "samples.npz"), to_uint8(torch.cat(batches)))
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert metrics["latent_space"]["sha256"] == autoencoder.space.sha256
+        assert metrics["decode_batch_size"] == 8
+
+    def test_the_decoder_is_part_of_the_record(self, arguments, vae, tmp_path, refused):
+        out = ["--out", str(tmp_path / "out")]
+        assert main([*arguments, *out, "--vae", str(vae)]) == 0
+        again = self.save(tmp_path / "again", seed=0)
+        assert main([*arguments, *out, "--vae", str(again)]) == 0  # the same under another name
+        other = self.save(tmp_path / "other", seed=1)
+        assert "latent_space.sha256" in refused(*arguments, *out, "--vae", other)
+        message = refused(*arguments, *out, "--vae", vae, "--decode_batch_size", "4")
+        assert "decode_batch_size: 8 there, 4 here" in message
+
+    def test_channels_that_do_not_fit(self, arguments, tmp_path, refused):
+        three = self.save(tmp_path / "three", seed=0, channels=3)
+        message = refused(*arguments, "--out", tmp_path / "out", "--vae", three)
+        assert "latents of 3 channels" in message
+        assert "network draws 4" in message
+
+    def test_a_checkpoint_knows_its_decoder(self, trained, vae, tmp_path, refused):
+        source = ["sample", "--checkpoint", str(trained), "--num", "2", *SAMPLER]
+        out = tmp_path / "out"
+        assert main([*source, "--out", str(out)]) == 0
+        assert load_images(out / "images").shape == (2, 3, 16, 16)
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert metrics["latent_space"]["source"] == str(vae)
+        assert metrics["checkpoint_step"] == 6
+        other = self.save(tmp_path / "other", seed=1, channels=1)
+        options = [*source, "--out", str(tmp_path / "out2"), "--vae", str(other)]
+        message = refused(*options)
+        assert all(str(path) in message for path in (vae, other))
+        assert load_autoencoder(other).space.sha256 in message
+        assert main([*options, "--any_vae"]) == 0
+        vae.rename(tmp_path / "moved")
+        message = refused(*source, "--out", tmp_path / "out3")
+        assert "name it by --vae" in message
+        moved = ["--vae", str(tmp_path / "moved")]
+        assert main([*source, "--out", str(tmp_path / "out3"), *moved]) == 0
+
+
+class TestProcesses:
+    """Whole commands, as a shell starts them."""
+
+    SOURCE = ("--weights", "digits", "--num", "42", "--npz", "--device", "cpu")
+    PACE = ("--sampler.steps", "25", "--sampler.batch_size", "4")
+
+    def start(self, out, *options):
+        command = [sys.executable, "-m", "dit_qat", "sample", "--out", str(out), *options]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+
+    @pytest.fixture(scope="class")
+    def expected(self, tmp_path_factory):
+        out = tmp_path_factory.mktemp("alone")
+        assert main(["sample", "--out", str(out), *self.SOURCE, *self.PACE]) == 0
+        return out
+
+    def test_two_processes_are_killed_and_one_goes_on(self, expected, tmp_path):
+        out = tmp_path / "out"
+        with self.start(out, *self.SOURCE, *self.PACE, "--devices", "2") as running:
+            give_up = time.monotonic() + 120
+            while len(list((out / "shards").glob("*.npz"))) < 4 and running.poll() is None:
+                assert time.monotonic() < give_up
+                time.sleep(0.01)
+            os.killpg(running.pid, signal.SIGKILL)
+        found = len(list((out / "shards").glob("*.npz")))
+        assert 4 <= found < 11, running.returncode
+        assert not (out / "metrics.json").exists()
+        assert main(["sample", "--out", str(out), *self.SOURCE, *self.PACE]) == 0
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert metrics["images_drawn"] == 42 - 4 * found
+        self.assert_same(out, expected)
+
+    def test_two_processes_draw_what_one_draws(self, expected, tmp_path):
+        out = tmp_path / "out"
+        with self.start(out, *self.SOURCE, *self.PACE, "--devices", "2") as running:
+            _, errors = running.communicate(timeout=120)
+        assert running.returncode == 0, errors
+        assert json.loads((out / "metrics.json").read_text())["processes"] == 2
+        self.assert_same(out, expected)
+
+    def assert_same(self, out, expected):
+        # Hidden are the lock, and what a process had not finished writing when it was killed.
+        names = {str(path.relative_to(out)) for path in out.rglob("[!.]*") if path.is_file()}
+        assert names == {
+            *(f"images/{index:06d}.png" for index in range(42)),
+            *("grid.png", "samples.npz", "sampling.json", "metrics.json"),
+        }
+        for name in names - {"metrics.json"}:
+            assert (out / name).read_bytes() == (expected / name).read_bytes()
 
 
 class TestRefusals:
@@ -120,7 +264,12 @@ class TestRefusals:
             (["--classes", "[]"], ["empty list"]),
             (["--sampler.steps", "0"], ["steps=0", "1 to 1000"]),
             (["--sampler.kind", "euler"], ["sampler.kind", "euler"]),
-            (["--npz", "--latents"], ["choose one"]),
+            (["--npz", "--latents"], ["--npz holds images", "choose one"]),
+            (["--vae", "folder", "--latents"], ["--vae decodes", "choose one"]),
+            (["--vae", "no/such/folder"], ["no/such/folder", "no such folder"]),
+            (["--decode_batch_size", "0"], ["--decode_batch_size 0", "at least 1"]),
+            (["--threads", "0"], ["--threads 0", "at least 1"]),
+            (["--devices", "0"], ["--devices 0", "at least 1"]),
             (["--device", "tpu9x"], ["tpu9x", "cpu"]),
             (["--weights", "digits"], ["both are given"]),
         ],

@@ -110,7 +110,9 @@ class StepBatchSampler(Sampler[Draw]):
 class SequentialDraws(Sampler[Draw]):
     """All images once, in order, in batches that are dealt out to the processes in turn.
 
-    The batches are the same for any number of processes, and none is padded.
+    The batches are the same for any number of processes, and no image is drawn twice to fill one
+    up. Every process gets as many: those for which nothing is left get empty ones, since a loop
+    that one process skips and another runs would leave them waiting for each other.
 
     Args:
         size: Number of images; may be 0.
@@ -121,7 +123,8 @@ class SequentialDraws(Sampler[Draw]):
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         self.size, self.batch_size = size, batch_size
-        self._starts = range(rank * batch_size, size, world_size * batch_size)
+        turn = world_size * batch_size
+        self._starts = range(rank * batch_size, -(-size // turn) * turn, turn)
 
     def __len__(self) -> int:
         return len(self._starts)

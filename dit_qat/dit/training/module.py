@@ -174,6 +174,8 @@ class DiTTraining(pl.LightningModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], batch_idx: int, stage: str) -> None:
         x_0, labels = batch
+        if not len(x_0):
+            return  # another process has the last batch
         number = batch_idx * self.trainer.world_size + self.global_rank
         generator = generator_for(self.seed, stage, number, device=self.device)
         _, values = self._loss(x_0, labels, self._draw(x_0, generator), label_dropout=0.0)

@@ -1,11 +1,13 @@
-"""Images from a diffusion transformer, each a function of its index and the seed alone."""
+"""Drawing images by a sampler of diffusers, each a function of its index and the seed alone."""
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ __all__ = ["SamplerConfig", "sample_images", "to_uint8"]
 
 Labels = Sequence[int] | Callable[[int], int]
 SamplerKind = Literal["ddpm", "ddim", "dpm_solver++"]
+Spacing = Literal["linspace", "leading", "trailing"]
 Precision = Literal["fp32", "bf16"]
 
 _TRAINING = NoiseSchedule()
@@ -38,6 +41,8 @@ class SamplerConfig:
         batch_size: Images per model call; part of what fixes an image's bytes.
         seed: Seed of every image's own generator.
         precision: "bf16" runs the model under autocast; the sampler itself stays in float32.
+        spacing: Which timesteps, by diffusers' rules: "linspace" has both ends, as DiT's own code;
+            "leading" has 0 and keeps a distance of 1000 // steps; "trailing" has 999.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -52,6 +57,7 @@ class SamplerConfig:
     batch_size: int = 256
     seed: int = 0
     precision: Precision = "fp32"
+    spacing: Spacing = "linspace"
 
     def __post_init__(self) -> None:
         _require(self.kind in get_args(SamplerKind), self, "kind", _one_of(SamplerKind))
@@ -66,6 +72,7 @@ class SamplerConfig:
         _require(self.eta == 0 or self.kind == "ddim", self, "eta", 'above 0 only for kind="ddim"')
         _require(self.batch_size > 0, self, "batch_size", "at least 1")
         _require(self.precision in get_args(Precision), self, "precision", _one_of(Precision))
+        _require(self.spacing in get_args(Spacing), self, "spacing", _one_of(Spacing))
 
 
 def sample_images(
@@ -126,7 +133,10 @@ def _batches(
     groups: dict[int, list[int]] = {}
     for index in indices:
         groups.setdefault(index // size * size, []).append(index)
-    with tqdm(total=len(groups) * config.steps, disable=not progress, unit="step") as bar:
+    started, drawn = time.perf_counter(), 0
+    # Without smoothing, what happens between batches (decoding, writing) counts in the ETA.
+    steps = len(groups) * config.steps
+    with tqdm(total=steps, disable=not progress, unit="step", smoothing=0) as bar:
         for first, group in groups.items():
             rows = range(first, first + size)
             y = None if label_of is None else torch.tensor([label_of(row) for row in rows])
@@ -134,6 +144,9 @@ def _batches(
             asked_for = images[[index - first for index in group]]
             _check_finite(asked_for)
             yield group, asked_for
+            drawn += len(group)
+            rate = drawn / (time.perf_counter() - started)
+            bar.set_postfix_str(f"{rate:.3g} images/s", refresh=False)
 
 
 def _check_finite(images: Tensor) -> None:
@@ -200,19 +213,19 @@ def _scheduler(config: SamplerConfig, learned_variance: bool) -> tuple[Any, list
             beta_start=_TRAINING.beta_start,
             beta_end=_TRAINING.beta_end,
             beta_schedule="linear",
-            timestep_spacing="linspace",
+            timestep_spacing=config.spacing,
             # With its maximum at 1, "dynamic thresholding" is clipping to [-1, 1].
             thresholding=config.clip_sample,
             sample_max_value=1.0,
         )
         solver.set_timesteps(config.steps)
         return solver, solver.timesteps.tolist()
-    timesteps = _spaced_timesteps(config.steps)
+    timesteps = _spaced_timesteps(config.steps, config.spacing)
     kept = torch.tensor([1.0, *_TRAINING.alphas_cumprod[timesteps].tolist()], dtype=torch.float64)
     respaced = {
         "num_train_timesteps": config.steps,
         "trained_betas": (1 - kept[1:] / kept[:-1]).tolist(),
-        "timestep_spacing": "linspace",
+        "timestep_spacing": "linspace",  # all of those that are left
         "clip_sample": config.clip_sample,
     }
     if config.kind == "ddim":
@@ -224,10 +237,18 @@ def _scheduler(config: SamplerConfig, learned_variance: bool) -> tuple[Any, list
     return scheduler, timesteps[::-1]
 
 
-def _spaced_timesteps(steps: int) -> list[int]:
-    """Evenly spaced timesteps from 0 to 999, both included; a single step starts from noise."""
-    last = _TRAINING.steps - 1
-    return [round(last * i / (steps - 1)) for i in range(steps)] if steps > 1 else [last]
+def _spaced_timesteps(steps: int, spacing: Spacing) -> list[int]:
+    """Timesteps of DDPM and DDIM in rising order (table 2 of arXiv:2305.08891)."""
+    count = _TRAINING.steps
+    if spacing == "leading":
+        return [i * (count // steps) for i in range(steps)]
+    if spacing == "trailing":
+        # numpy's own sums, which decide where a half is rounded to; they can go one point too far.
+        falling = np.arange(count, 0, -count / steps)[:steps].round().astype(int) - 1
+        return [int(t) for t in falling[::-1]]
+    if steps == 1:
+        return [count - 1]  # where diffusers would take 0; a single step has to start from noise
+    return [round((count - 1) * i / (steps - 1)) for i in range(steps)]
 
 
 def _step_options(config: SamplerConfig, generators: list[torch.Generator]) -> dict[str, Any]:

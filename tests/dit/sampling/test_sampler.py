@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from dit_qat.dit.diffusion import NoiseSchedule
 from dit_qat.dit.models import DiT
@@ -231,6 +231,38 @@ def test_timesteps_are_the_linspace_of_diffusers(kind, steps):
     assert exact.calls == theirs.timesteps.tolist()
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 333, 1000])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("kind", ["ddim", "ddpm", "dpm_solver++"])
+def test_other_spacings_are_those_of_diffusers(kind, spacing, steps):
+    steps = min(steps, 999 if kind == "dpm_solver++" else 1000)
+    exact = ExactGaussian(2)
+    draw(exact, SamplerConfig(kind, steps, batch_size=1, spacing=spacing), [0])
+    solver = DPMSolverMultistepScheduler if kind == "dpm_solver++" else DDPMScheduler
+    theirs = solver(timestep_spacing=spacing)
+    theirs.set_timesteps(steps)
+    assert exact.calls == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing"), [(7, "leading"), (50, "leading"), (300, "leading"), (50, "trailing")]
+)
+def test_ddim_equals_stock_diffusers_where_its_steps_are_even(model, steps, spacing):
+    config = SamplerConfig("ddim", steps, batch_size=2, spacing=spacing)
+    ours = draw(model, config, [1])[1]
+    stock = DDIMScheduler(
+        timestep_spacing=spacing, clip_sample=False, set_alpha_to_one=True, steps_offset=0
+    )
+    stock.set_timesteps(steps)
+    noise = [torch.randn(1, 2, 4, 4, generator=generator_for(0, "image", i)) for i in (0, 1)]
+    x, y = torch.cat(noise), torch.tensor([0, 1])
+    with torch.inference_mode():
+        for t in stock.timesteps:
+            output = model(x, t.expand(2), y)[:, :2]
+            x = stock.step(output, t, x).prev_sample
+    torch.testing.assert_close(ours, x[1], rtol=1e-4, atol=1e-4 * x[1].abs().max().item())
+
+
 @pytest.mark.parametrize("kind", ["ddim", "ddpm", "dpm_solver++"])
 def test_clipping_keeps_the_last_prediction_in_range(model, kind):
     plain = SamplerConfig(kind, 3, batch_size=2)
@@ -269,6 +301,7 @@ def test_uint8_rounds_to_nearest_and_clips():
         {"eta": 0.5, "kind": "ddpm"},
         {"batch_size": 0},
         {"precision": "fp16"},
+        {"spacing": "even"},
     ],
 )
 def test_wrong_settings_are_named(wrong):
@@ -320,7 +353,9 @@ def test_no_indices_give_no_images(model):
 
 def test_progress_counts_model_calls(model, capsys):
     draw(model, SamplerConfig(steps=3, batch_size=2), range(4), progress=True)
-    assert "6/6" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "6/6" in shown
+    assert "images/s" in shown
 
 
 @pytest.mark.cuda
