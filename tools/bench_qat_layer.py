@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from kept_bytes import kept_for_backward
 from torch import Tensor, nn
 
 from dit_qat.layers import LayerConfig, LowRank, QuantLinear, RobustQuantizer
@@ -53,17 +54,8 @@ def autocast(device: str, dtype: str) -> AbstractContextManager[object]:
 
 def bytes_kept(layer: nn.Module, x: Tensor, context: AbstractContextManager[object]) -> int:
     """Bytes of the tensors kept for backward, without the layer's parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     # The output is alive while its storages are told apart by their address.
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context:
+    with kept_for_backward(layer) as kept, context:
         output = layer(x)
     del output
     return sum(kept.values())

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from kept_bytes import kept_for_backward
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,18 +61,8 @@ def forward_flops(settings: dict[str, Any]) -> int:
 
 
 def bytes_kept(network: DiT, images: int) -> int:
-    """Bytes kept for backward under bf16 autocast, each storage once, parameters excluded."""
-    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
+    """Bytes kept for backward under bf16 autocast."""
+    with kept_for_backward(network) as kept, torch.autocast("cpu", dtype=torch.bfloat16):
         output = network(*inputs_of(network, images, "cpu"))
     assert output.requires_grad
     return sum(kept.values())

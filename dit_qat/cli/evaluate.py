@@ -1,7 +1,6 @@
 """``dit-qat evaluate``: score images, with the protocol printed beside the numbers."""
 
 import hashlib
-import json
 import warnings
 from importlib import resources
 from pathlib import Path
@@ -11,40 +10,103 @@ import torch
 from torch import Tensor
 
 from dit_qat.cli.output import check_claim, claim, save_grid
+from dit_qat.cli.scoring import RESULTS, ScoringOptions, score_images
 from dit_qat.dit.data import digit_images
-from dit_qat.dit.evaluation import evaluate_digits, load_images
+from dit_qat.dit.data.digits import Digits
+from dit_qat.dit.evaluation import evaluate_digits
+from dit_qat.dit.evaluation.protocol import find_record
+from dit_qat.dit.evaluation.report import CompareTo
+from dit_qat.dit.evaluation.scoring import Metric
+from dit_qat.dit.evaluation.sources import ImageSource, open_images
 from dit_qat.export.files import write_json
 
 __all__ = ["RESULTS", "evaluate"]
 
-RESULTS = ("metrics.json", "grid.png")
-"""What the command leaves in its folder."""
-
 _CLASSIFIER = "digits_classifier.safetensors"
+_READ_AT_ONCE = 1024
 
 
-def evaluate(samples: Path, out: Path | None = None, overwrite: bool = False) -> None:
-    """Score digits: FD-digits, precision, recall, and the accuracy of their labels if known.
-
-    Writes metrics.json and grid.png if a folder is named.
+def evaluate(
+    samples: Path,
+    reference: Path | None = None,
+    metrics: list[Metric] | None = None,
+    inception: str = "auto",
+    dino: Path | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    out: Path | None = None,
+    overwrite: bool = False,
+    cache_reference: Path | None = None,
+    compare_to: CompareTo = "auto",
+    allow_few_samples: bool = False,
+) -> None:
+    """Score images: FID, sFID, IS, KID, precision, recall; 1x8x8 without reference by FD-digits.
 
     Args:
         samples: Folder of dit-qat sample, any folder of PNGs, or an .npz of images (N, H, W, C).
-        out: Folder for the results; by default they are only printed.
+        reference: The same of real images, or an .npz of statistics (mu, sigma, mu_s, sigma_s).
+        metrics: fid, sfid, is, kid, precision, recall, fd_dinov2; all there can be by default.
+        inception: File of torch-fidelity's Inception weights; auto downloads them once.
+        dino: File of DINOv2's ViT-L/14 weights, for fd_dinov2.
+        batch_size: Images per call of the networks.
+        seed: Decides the subsets of KID.
+        device: auto, cpu, cuda, cuda:1, ...
+        devices: Processes on this machine, each with a device of its own.
+        num_nodes: Machines, each of which is told to run this command (torchrun and SLURM do it).
+        out: Folder for metrics.json and grid.png; by default the results are only printed.
         overwrite: Replace the results in the folder.
+        cache_reference: Write statistics of the reference's images to this .npz, a --reference.
+        compare_to: Published protocol to check ours against; auto is dit for 256x256 classes.
+        allow_few_samples: Compute Frechet distances even from fewer images than features.
 
     Raises:
-        FileNotFoundError: if there are no such samples.
-        ValueError: for images that cannot be read or are no digits.
-        FileExistsError: if the folder holds results.
+        ValueError: for images, statistics or options that do not fit.
+        OSError: for files that are missing, or a folder that holds results.
     """
-    pictures = samples / "images" if (samples / "images").is_dir() else samples
-    if out is not None and out.resolve() in (samples.resolve(), pictures.resolve()):
-        raise ValueError(f"--out {out} is the folder of the samples; choose another")
+    source = _open(samples, out, overwrite)
+    if reference is None and (cache_reference or dino):
+        raise ValueError("--dino and --cache_reference are about real images: name a --reference")
+    if reference is None and metrics is None:
+        return _score_digits(source, out, overwrite)
+    options = ScoringOptions(
+        metrics=metrics,
+        inception=inception,
+        dino=dino,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        devices=devices,
+        num_nodes=num_nodes,
+        cache_reference=cache_reference,
+        compare_to=compare_to,
+        allow_few_samples=allow_few_samples,
+    )
+    return score_images(source, reference, options, out, overwrite)
+
+
+def _open(samples: Path, out: Path | None, overwrite: bool) -> ImageSource:
+    """Open the samples, and refuse a folder that cannot take the results: nothing is done yet."""
+    source = open_images(samples)
     if out is not None:
-        check_claim(out, RESULTS, overwrite)  # before the work; old results stay until it is done
-    images = load_images(pictures)
-    labels = _labels(pictures, len(images))
+        if out.resolve() in (samples.resolve(), source.path.resolve()):
+            raise ValueError(f"--out {out} is the folder of the samples; choose another")
+        check_claim(out, RESULTS, overwrite)
+    return source
+
+
+def _score_digits(source: ImageSource, out: Path | None, overwrite: bool) -> None:
+    """Score digits by the classifier that ships with the package."""
+    if source.shape != Digits.image_shape:
+        raise ValueError(
+            f"images of shape {(len(source), *source.shape)} are not digits (N, "
+            f"{', '.join(map(str, Digits.image_shape))}); name real images or their statistics "
+            "with --reference, or ask for --metrics is"
+        )
+    images = torch.cat(list(source.batches(0, len(source), _READ_AT_ONCE)))
+    labels = _labels(source)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scores = evaluate_digits(images, labels)
@@ -54,30 +116,29 @@ def evaluate(samples: Path, out: Path | None = None, overwrite: bool = False) ->
     if out is not None:
         claim(out, RESULTS, overwrite)
         save_grid(out / "grid.png", [images])
-        content = {"metrics": scores, "protocol": protocol, "notes": notes, "samples": str(samples)}
+        content = {
+            "metrics": scores,
+            "protocol": protocol,
+            "notes": notes,
+            "samples": str(source.path),
+        }
         write_json(out / "metrics.json", content)
 
 
-def _labels(pictures: Path, count: int) -> Tensor | None:
+def _labels(source: ImageSource) -> Tensor | None:
     """The labels asked for, from the metrics.json that ``dit-qat sample`` put beside the images.
 
     Raises:
         ValueError: if it lists another number of labels than there are images.
     """
-    path = pictures.parent / "metrics.json"
-    if pictures.name not in ("images", "samples.npz") or not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); move it away to score without") from error
-    labels = content.get("labels") if isinstance(content, dict) else None
+    labels = find_record(source).get("labels")
     if labels is None:
         return None
-    if len(labels) != count:
+    if len(labels) != len(source):
         raise ValueError(
-            f"{path} lists {len(labels)} labels for {count} images: the folder changed since "
-            "it was sampled; sample again, or move metrics.json away to score without labels"
+            f"{source.path.parent / 'metrics.json'} lists {len(labels)} labels for {len(source)} "
+            "images: the folder changed since it was sampled; sample again, or move metrics.json "
+            "away to score without labels"
         )
     return torch.tensor(labels, dtype=torch.int64)
 

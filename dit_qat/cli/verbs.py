@@ -23,7 +23,7 @@ def run_function(function: Callable[..., None], program: str, arguments: Sequenc
     parser.add_argument("--config", action="config", help="Read these options from a YAML file.")
     parser.add_function_arguments(function)
     parsed = parser.parse_args(spell_out(arguments, get_type_hints(function)))
-    values = vars(parser.instantiate_classes(parsed))
+    values = vars(parser.instantiate(parsed))
     function(**{name: value for name, value in values.items() if name != "config"})
 
 

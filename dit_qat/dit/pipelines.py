@@ -87,7 +87,7 @@ def write_pipeline(
     check_pipeline(model, autoencoder)
     pipeline = DiTPipeline(
         transformer=dit_to_diffusers(model),
-        vae=autoencoder._network,
+        vae=autoencoder.network,
         scheduler=pipeline_scheduler(),
     )
     pipeline.save_pretrained(folder)

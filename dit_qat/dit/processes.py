@@ -4,10 +4,12 @@ Lightning Fabric starts and connects them: on one machine by running the command
 torchrun and SLURM by joining the processes that are there.
 """
 
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ __all__ = ["Processes", "launch", "pick_device"]
 
 T = TypeVar("T")
 
+_LOG = logging.getLogger(__name__)
 _PATIENCE = timedelta(days=7)
 
 
@@ -40,6 +43,30 @@ class Processes:
     def is_zero(self) -> bool:
         """Whether this one writes what is written once."""
         return self.rank == 0
+
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """What an action returns on every process; if it fails on one, it fails on all.
+
+        Nobody then waits for a process that is gone.
+
+        Raises:
+            Exception: the action's own, here; a ValueError with its message on the others.
+        """
+        error: Exception | None = None
+        result: T | None = None
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+            if self.world_size > 1:  # the others may have hours to go before they hear of it
+                _LOG.error("process %d failed: %s", self.rank, caught)
+        outcomes = self.gather((result, None if error is None else str(error)))
+        if error is not None:
+            raise error
+        for rank, (_, message) in enumerate(outcomes):
+            if message is not None:
+                raise ValueError(f"process {rank} failed: {message}")
+        return [cast(T, outcome) for outcome, _ in outcomes]
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -74,7 +101,11 @@ def launch(device: str = "auto", devices: int = 1, num_nodes: int = 1) -> Proces
     if devices * num_nodes == 1:
         return Processes(0, 1, chosen)
     _check_count(chosen, devices)
-    fabric = Fabric(accelerator=chosen.type, devices=devices, num_nodes=num_nodes, strategy="ddp")
+    # Only small objects go between the processes, and they may be hours apart when they meet.
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=_PATIENCE)
+    fabric = Fabric(
+        accelerator=chosen.type, devices=devices, num_nodes=num_nodes, strategy=strategy
+    )
     fabric.launch()
     return Processes(fabric.global_rank, fabric.world_size, fabric.device)
 

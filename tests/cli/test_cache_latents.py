@@ -5,8 +5,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from dit_qat.cli.cache_latents import cache_latents
@@ -17,7 +15,7 @@ _COUNT = 24
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory):
+def sources(tmp_path_factory, make_vae):
     """Options that name a tiny folder of pictures and a tiny autoencoder."""
     root = tmp_path_factory.mktemp("sources")
     numbers = np.random.default_rng(0)
@@ -26,10 +24,7 @@ def sources(tmp_path_factory):
         folder.mkdir(parents=True, exist_ok=True)
         pixels = numbers.integers(0, 256, (18, 20, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index:02d}.png")
-    torch.manual_seed(0)
-    blocks = {"block_out_channels": (4, 8), "norm_num_groups": 4}
-    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
-    AutoencoderKL(down_block_types=down, up_block_types=up, **blocks).save_pretrained(root / "vae")
+    make_vae().save_pretrained(root / "vae")
     pictures = ["--images", "ImageFolder", "--images.root", str(root / "pictures")]
     sizes = ["--size", "16", "--shard_images", "2", "--batch_size", "2", "--num_workers", "0"]
     return [*pictures, "--vae", str(root / "vae"), *sizes, "--device", "cpu"]

@@ -1,14 +1,19 @@
 import hashlib
 import json
 from importlib import resources
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from dit_qat.cli.main import main
 from dit_qat.dit.data import digit_images
 from dit_qat.dit.evaluation import evaluate_digits, save_images, save_npz
+from dit_qat.dit.evaluation.inception import Activations, _Network
+from dit_qat.dit.randomness import generator_for
 from dit_qat.dit.sampling import to_uint8
+from dit_qat.export.files import locked
 
 pytestmark = pytest.mark.filterwarnings("ignore:FD-digits from", "ignore:.*cannot fill")
 
@@ -21,6 +26,15 @@ def samples(tmp_path):
     save_images(folder / "images", to_uint8(images[:80]), range(80))
     (folder / "metrics.json").write_text(json.dumps({"labels": labels[:80].tolist()}))
     return folder
+
+
+@pytest.fixture
+def inception_file(tmp_path):
+    """Random weights, as the published file holds them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(_Network().state_dict(), tmp_path / "inception.pth")
+    return tmp_path / "inception.pth"
 
 
 def test_scores_protocol_and_files(samples, tmp_path, capsys):
@@ -102,3 +116,105 @@ class TestRefusals:
         (samples / "images" / "000003.png").unlink()
         message = refused("evaluate", "--samples", samples)
         assert "80 labels for 79 images" in message
+
+
+class SmallInception(nn.Module):
+    """Outputs like Inception's, of few dimensions."""
+
+    num_features, num_spatial, sha256 = 6, 5, "5" * 64
+
+    def activations(self, images):
+        cells = torch.nn.functional.adaptive_avg_pool2d(images.expand(-1, 3, -1, -1) / 255, 3)
+        return Activations(*cells.flatten(1)[:, :21].split([6, 5, 10], dim=1))
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Replace Inception, and give generated and real images, 3x16x16."""
+    monkeypatch.setattr("dit_qat.cli.scoring.find_inception", Path)
+    monkeypatch.setattr("dit_qat.cli.scoring.load_inception", lambda *_: SmallInception())
+    for name, count in (("generated", 30), ("real", 20)):
+        images = torch.randint(
+            256, (count, 3, 16, 16), generator=generator_for(0, name), dtype=torch.uint8
+        )
+        save_npz(tmp_path / f"{name}.npz", images)
+    return ["evaluate", "--samples", str(tmp_path / "generated.npz")]
+
+
+class TestInceptionPath:
+    def test_scores_card_warnings_and_files(self, quick, tmp_path, capsys):
+        out = tmp_path / "scores"
+        reference = ["--reference", str(tmp_path / "real.npz")]
+        assert main([*quick, *reference, "--out", str(out), "--compare_to", "dit"]) == 0
+        content = json.loads((out / "metrics.json").read_text())
+        expected = ["fid", "sfid", "is", "is_std", "kid", "kid_std", "precision", "recall"]
+        assert list(content["metrics"]) == expected
+        assert content["protocol"]["num_samples"] == 30
+        assert content["protocol"]["guidance"] == "unknown"
+        assert any(w.startswith("num_samples: 30 here, 50000 there") for w in content["warnings"])
+        assert {path.name for path in out.iterdir()} - {".lock"} == {"metrics.json", "grid.png"}
+        printed = capsys.readouterr()
+        for part in ("fid ", "published: 2.27", "guidance", "unknown", "5" * 64):
+            assert part in printed.out
+        for part in ("WARNING", "num_samples: 30 here", "extractor_sha256"):
+            assert part in printed.err
+
+    def test_cached_statistics_give_the_same_distance(self, quick, tmp_path, capsys):
+        cache, real = tmp_path / "cache.npz", tmp_path / "real.npz"
+        scores = []
+        for options in (
+            ["--reference", real, "--cache_reference", cache, "--metrics", "fid", "sfid"],
+            ["--reference", cache, "--metrics", "fid", "sfid"],
+            ["--reference", cache],
+        ):
+            out = tmp_path / f"scores{len(scores)}"
+            assert main([*quick, *map(str, options), "--out", str(out)]) == 0
+            scores.append(json.loads((out / "metrics.json").read_text()))
+        assert scores[0]["metrics"] == scores[1]["metrics"]
+        assert set(scores[2]["metrics"]) == {"fid", "sfid", "is", "is_std"}
+        assert any("kid is left out" in note for note in scores[2]["notes"])
+        kind = scores[1]["protocol"]["reference_kind"]
+        assert kind.startswith("cached statistics of images")
+        assert scores[1]["protocol"]["reference_count"] == 20
+
+    def test_the_real_network_scores_without_a_reference(self, tmp_path, inception_file, capsys):
+        images = torch.randint(
+            256, (3, 3, 8, 8), generator=generator_for(0, "x"), dtype=torch.uint8
+        )
+        save_images(tmp_path / "x", images, range(3))
+        options = ["--samples", tmp_path / "x", "--metrics", "is", "--out", tmp_path / "out"]
+        assert main(["evaluate", *map(str, options), "--inception", str(inception_file)]) == 0
+        content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+        assert set(content["metrics"]) == {"is", "is_std"}
+        digest = hashlib.sha256(inception_file.read_bytes()).hexdigest()
+        assert content["protocol"]["extractor_sha256"] == digest
+        assert "extractor_sha256" in capsys.readouterr().err
+
+    def test_options_that_do_not_fit(self, refused, quick, tmp_path):
+        real = ["--reference", tmp_path / "real.npz"]
+        for options, message in (
+            ([], "name real images or their statistics with --reference"),
+            (["--metrics", "fid"], "fid compares with real images"),
+            (["--metrics", "fidd", *real], "fidd"),
+            (["--metrics", "fd_dinov2", *real], "--dino FILE"),
+            (["--cache_reference", tmp_path / "c.npz"], "name a --reference"),
+            ([*real, "--cache_reference", tmp_path / "c.npy"], "must end in .npz"),
+            ([*real, "--cache_reference", tmp_path / "real.npz"], "real.npz exists"),
+            ([*real, "--batch_size", "0"], "--batch_size 0"),
+            ([*real, "--num_nodes", "2"], "--out"),
+            (["--reference", tmp_path / "nothing"], "nothing does not exist"),
+        ):
+            assert message in refused(*quick, *options), options
+
+    def test_too_few_samples_unless_asked(self, refused, quick, tmp_path, capsys):
+        save_npz(tmp_path / "few.npz", torch.zeros(6, 3, 16, 16, dtype=torch.uint8))
+        options = [*quick, "--reference", str(tmp_path / "few.npz"), "--metrics", "fid"]
+        message = refused(*options)
+        assert "few.npz has 6 images, too few for fid: it needs more than 6" in message
+        assert main([*options, "--allow_few_samples"]) == 0
+        assert "too few for fid" in capsys.readouterr().err
+
+    def test_another_run_holds_the_folder(self, refused, quick, tmp_path):
+        with locked(tmp_path / "out"):
+            message = refused(*quick, "--metrics", "is", "--out", tmp_path / "out")
+        assert "another run is writing" in message

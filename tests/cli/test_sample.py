@@ -8,7 +8,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from dit_qat.cli.main import main
@@ -104,21 +103,16 @@ def test_latents(latent_weights, tmp_path, refused):
 class TestDecoding:
     """A network of 4 latent channels, with a small random autoencoder."""
 
+    @pytest.fixture(autouse=True)
+    def _use(self, make_vae):
+        self.make_vae = make_vae
+
     @pytest.fixture
     def vae(self, tmp_path):
         return self.save(tmp_path / "vae", seed=0)
 
     def save(self, folder, seed, channels=4):
-        torch.manual_seed(seed)
-        network = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
-            latent_channels=channels,
-            norm_num_groups=4,
-            sample_size=16,
-        )
-        network.save_pretrained(folder)
+        self.make_vae(seed, latent_channels=channels).save_pretrained(folder)
         return folder
 
     @pytest.fixture

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from dit_qat.dit.convert import convert_checkpoint
 from dit_qat.dit.models import load_dit, save_dit
@@ -14,19 +14,11 @@ from dit_qat.dit.training import DiTTraining
 
 
 @pytest.fixture
-def save_vae(tmp_path):
+def save_vae(tmp_path, make_vae):
     """Write a small random autoencoder; return its folder."""
 
     def save(name="vae", **overrides):
-        sizes = {"latent_channels": 4, "block_out_channels": (8, 8), "norm_num_groups": 4}
-        blocks = {
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-        }
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            vae = AutoencoderKL(**(sizes | blocks | {"scaling_factor": 0.2} | overrides))
-        vae.save_pretrained(tmp_path / name)
+        make_vae(**({"scaling_factor": 0.2} | overrides)).save_pretrained(tmp_path / name)
         return str(tmp_path / name)
 
     return save

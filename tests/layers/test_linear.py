@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept_bytes import kept_for_backward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -230,19 +231,9 @@ def test_zero_tokens_and_zero_weights_stay_finite(config: LayerConfig) -> None:
 def test_it_keeps_little_more_than_a_linear_layer() -> None:
     linear, x = float_layer(1152, 64), normal(512, 1152).requires_grad_()
     layer = QuantLinear.from_float(linear, LayerConfig(low_rank=LowRank(16)))
-    parameters = {p.data_ptr() for m in (linear, layer) for p in m.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     totals = []
     for module in (linear, layer):
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with kept_for_backward(module) as kept:
             output = module(x)
         totals.append(sum(kept.values()))
         del output

@@ -7,11 +7,11 @@ number. It is whole or absent; the index comes last.
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -76,42 +76,23 @@ def write_cache(out: Path, job: CacheJob, processes: Processes, progress: bool =
     with ExitStack() as held:
         if processes.is_zero:
             _check_folder(out)
-        _together(processes, lambda: _lock(out, held) if processes.is_zero else None)
+        processes.together(lambda: _lock(out, held) if processes.is_zero else None)
         shards = dict(enumerate(job.shards))
         mine = list(shards)[processes.rank :: processes.world_size]
         shown = progress and processes.is_zero
-        found = _merged(_together(processes, lambda: _check_found(out, job, mine, shown)))
+        found = _merged(processes.together(lambda: _check_found(out, job, mine, shown)))
         missing = [number for number in shards if number not in found]
         images = sum(len(shards[number]) for number in missing)
-        _together(processes, lambda: _prepare(out, job, images) if processes.is_zero else None)
+        processes.together(lambda: _prepare(out, job, images) if processes.is_zero else None)
         started = time.perf_counter()
         wanted = [number for number in mine if number not in found]
-        written = _merged(_together(processes, lambda: encode_shards(out, job, wanted, shown)))
+        written = _merged(processes.together(lambda: encode_shards(out, job, wanted, shown)))
         index = _index(job.settings, found | written)
         if processes.is_zero:
             write_index(out, index)
         processes.barrier()
         encoded = sum(shard.count for shard in written.values())
         return Cached(index, encoded, time.perf_counter() - started)
-
-
-def _together(processes: Processes, action: Callable[[], T]) -> list[T]:
-    """What an action returns on every process; if it fails on one, it fails on all."""
-    error: Exception | None = None
-    result: T | None = None
-    try:
-        result = action()
-    except Exception as caught:
-        error = caught
-        if processes.world_size > 1:  # the others may have hours to go before they hear of it
-            _LOG.error("process %d failed: %s", processes.rank, caught)
-    outcomes = processes.gather((result, None if error is None else str(error)))
-    if error is not None:
-        raise error
-    for rank, (_, message) in enumerate(outcomes):
-        if message is not None:
-            raise ValueError(f"process {rank} failed: {message}")
-    return [cast(T, outcome) for outcome, _ in outcomes]
 
 
 def _merged(parts: Sequence[dict[int, Shard]]) -> dict[int, Shard]:

@@ -112,8 +112,8 @@ def _shifted_batches(images: Tensor, steps: int, seed: int) -> Iterator[tuple[Te
     padded = F.pad(images, (1, 1, 1, 1), value=_BACKGROUND)
     windows = padded.unfold(2, side, 1).unfold(3, side, 1)
     order = StepBatchSampler(len(images), _BATCH, derive_seed(seed, "classifier"), 0, steps)
-    for step, indices in enumerate(order):
+    for step, draw in enumerate(order):
         generator = generator_for(seed, "classifier", "shift", step)
-        down, right = torch.randint(3, (2, len(indices)), generator=generator)
-        batch = torch.tensor(indices)
+        down, right = torch.randint(3, (2, len(draw.indices)), generator=generator)
+        batch = torch.tensor(draw.indices)
         yield batch, windows[batch, :, down, right]

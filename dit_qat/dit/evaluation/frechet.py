@@ -70,12 +70,9 @@ class FeatureStatistics:
             )
         if len(features) == 0:
             return
-        batch = FeatureStatistics(self.dimension)
         values = features.detach().to("cpu", torch.float64)
-        batch.count, batch.mean = len(values), values.mean(dim=0)
-        centred = values - batch.mean
-        batch.scatter = centred.T @ centred
-        self.merge(batch)
+        batch_mean = values.mean(dim=0)
+        self._add(len(values), batch_mean, values - batch_mean)
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Add the samples of other statistics of the same dimension.
@@ -84,14 +81,22 @@ class FeatureStatistics:
             ValueError: Another dimension.
         """
         _check_same_dimension(self.mean, other.mean)
-        count = self.count + other.count
-        if count == 0:
-            return
-        shift = other.mean - self.mean
-        self.mean = self.mean + shift * (other.count / count)
-        between = torch.outer(shift, shift) * (self.count * other.count / count)
-        self.scatter = self.scatter + other.scatter + between
-        self.count = count
+        if other.count:
+            self._add(other.count, other.mean, self.scatter.new_empty(0, self.dimension))
+            self.scatter += other.scatter
+
+    def _add(self, count: int, mean: Tensor, centred: Tensor) -> None:
+        """Add samples by their mean and their deviations from it (n, dimension).
+
+        What the means differ by is one more row, so that one product in place does it all.
+        """
+        total = self.count + count
+        shift = mean - self.mean
+        between = shift * math.sqrt(self.count * count / total)
+        rows = torch.cat([centred, between.unsqueeze(0)])
+        self.scatter.addmm_(rows.T, rows)
+        self.mean += shift * (count / total)
+        self.count = total
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

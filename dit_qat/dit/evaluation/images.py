@@ -2,7 +2,8 @@
 
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,23 @@ from torch import Tensor
 
 from dit_qat.export.files import written_whole
 
-__all__ = ["image_grid", "load_images", "save_images", "save_npz", "save_png"]
+__all__ = [
+    "image_grid",
+    "image_shape",
+    "load_images",
+    "read_image",
+    "save_images",
+    "save_npz",
+    "save_png",
+]
 
-_CHANNELS_OF_MODE = {"L": 1, "RGB": 3}
+_MODES = ("L", "RGB")
 _PIL_BROKEN = (OSError, SyntaxError, ValueError)  # what PIL raises for damaged files
 _ZIP_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError)
+
+
+class _PixelFormatError(ValueError):
+    """A file that can be read, but not as 8-bit grey or RGB."""
 
 
 def save_images(folder: Path, images: Tensor, indices: Iterable[int]) -> None:
@@ -82,6 +95,24 @@ def load_images(path: Path) -> Tensor:
     return _load_npz(path)
 
 
+def read_image(path: Path) -> npt.NDArray[np.uint8]:
+    """Read a PNG or a JPEG (H, W, C), grey or RGB.
+
+    Raises:
+        ValueError: A damaged file, or another pixel format.
+    """
+    with _opened(path) as image:
+        _check_mode(path, image)
+        return np.array(image, dtype=np.uint8).reshape(*image.size[::-1], len(image.getbands()))
+
+
+def image_shape(path: Path) -> tuple[int, int, int]:
+    """Read channels, height and width from the header of a PNG or a JPEG; errors as above."""
+    with _opened(path) as image:
+        _check_mode(path, image)
+        return len(image.getbands()), image.height, image.width
+
+
 def image_grid(images: Tensor, columns: int, scale: int = 1) -> npt.NDArray[np.uint8]:
     """Lay images (N, C, H, W), uint8, out in rows: (H, W) for one channel, (H, W, 3) for three.
 
@@ -121,7 +152,7 @@ def _load_folder(folder: Path) -> Tensor:
     if not paths:
         raise ValueError(f"{folder} holds no PNG images")
     paths.sort(key=lambda path: (len(path.stem), path.stem))
-    arrays = [_read_png(path) for path in paths]
+    arrays = [read_image(path) for path in paths]
     for path, array in zip(paths, arrays, strict=True):
         if array.shape != arrays[0].shape:
             raise ValueError(
@@ -131,16 +162,23 @@ def _load_folder(folder: Path) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def _read_png(path: Path) -> npt.NDArray[np.uint8]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Yield an image whose pixels are read later, inside the block, where the same errors apply."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()
-            mode, array = image.mode, np.array(image, dtype=np.uint8)
+        with Image.open(path, formats=["PNG", "JPEG"]) as image:
+            yield image
+    except _PixelFormatError:
+        raise
     except _PIL_BROKEN as error:
-        raise ValueError(f"{path} cannot be read as a PNG image: {error}") from error
-    if mode not in _CHANNELS_OF_MODE:
-        raise ValueError(f"{path} has the pixel format {mode}; convert it to 8-bit grey (L) or RGB")
-    return array.reshape(*array.shape[:2], _CHANNELS_OF_MODE[mode])
+        raise ValueError(f"{path} cannot be read as a PNG or JPEG image: {error}") from error
+
+
+def _check_mode(path: Path, image: Image.Image) -> None:
+    if image.mode not in _MODES:
+        raise _PixelFormatError(
+            f"{path} has the pixel format {image.mode}; convert it to 8-bit grey (L) or RGB"
+        )
 
 
 def _describe(array: npt.NDArray[np.uint8]) -> str:

@@ -6,16 +6,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from diffusers import AutoencoderKL
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from dit_qat.dit.models.dit import DiT
+
+if TYPE_CHECKING:  # its import takes seconds, which who loads no autoencoder need not wait
+    from diffusers import AutoencoderKL
 
 __all__ = ["Autoencoder", "LatentSpace", "check_channels", "load_autoencoder"]
 
@@ -78,11 +80,12 @@ class Autoencoder:
         source: Where it came from, for :attr:`space`.
 
     Attributes:
+        network: The diffusers model.
         space: What its latents mean.
     """
 
-    def __init__(self, network: AutoencoderKL, source: str) -> None:
-        self._network = network.float().eval().requires_grad_(False)
+    def __init__(self, network: "AutoencoderKL", source: str) -> None:
+        self.network: AutoencoderKL = network.float().eval().requires_grad_(False)
         config = network.config
         self.space = LatentSpace(
             source=source,
@@ -96,12 +99,12 @@ class Autoencoder:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        device: torch.device = self._network.device
+        device: torch.device = self.network.device
         return device
 
     def to(self, device: torch.device | str) -> Self:
         """Move the weights; return the autoencoder itself."""
-        self._network.to(device)
+        self.network.to(device)
         return self
 
     @torch.no_grad()
@@ -116,7 +119,7 @@ class Autoencoder:
             and 20.
         """
         with torch.autocast(self.device.type, enabled=False):
-            moments = self._network.encode(images.to(self.device, torch.float32)).latent_dist
+            moments = self.network.encode(images.to(self.device, torch.float32)).latent_dist
         return moments.mean, moments.logvar
 
     @torch.no_grad()
@@ -149,7 +152,7 @@ class Autoencoder:
     def _decode(self, latents: Tensor, batch_size: int) -> Tensor:
         batch = latents.new_zeros(batch_size, *latents.shape[1:], dtype=torch.float32)
         batch[: len(latents)] = latents
-        images: Tensor = self._network.decode(self.space.unscale(batch.to(self.device))).sample
+        images: Tensor = self.network.decode(self.space.unscale(batch.to(self.device))).sample
         return images[: len(latents)]
 
 
@@ -167,6 +170,8 @@ def load_autoencoder(
         FileNotFoundError: if there is none, or the hub cannot be reached.
         ValueError: if it is another kind of model, or its weights are damaged or incomplete.
     """
+    from diffusers import AutoencoderKL
+
     name = os.fspath(source)
     if Path(name).exists():
         name = str(Path(name).resolve())  # which is on record, for any working directory
@@ -247,7 +252,7 @@ def _check_kind(folder: Path) -> None:
         )
 
 
-def _check_complete(folder: Path, network: AutoencoderKL, report: dict[str, Any]) -> None:
+def _check_complete(folder: Path, network: "AutoencoderKL", report: dict[str, Any]) -> None:
     """Refuse weights of another model, which diffusers would complete with random ones."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = [str(key) for key in report[kind]]
@@ -261,11 +266,11 @@ def _check_complete(folder: Path, network: AutoencoderKL, report: dict[str, Any]
             raise ValueError(f"{folder}: {key} holds NaN or infinite values; download it again")
 
 
-def _tensors(network: AutoencoderKL) -> Iterator[tuple[str, Tensor]]:
+def _tensors(network: "AutoencoderKL") -> Iterator[tuple[str, Tensor]]:
     return iter(sorted(network.state_dict().items()))
 
 
-def _weights_sha256(network: AutoencoderKL) -> str:
+def _weights_sha256(network: "AutoencoderKL") -> str:
     digest = hashlib.sha256()
     for name, tensor in _tensors(network):
         values = tensor.detach().cpu().float().contiguous()

@@ -7,10 +7,10 @@ whole or absent, so that whoever comes next draws what is missing and nothing el
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 
@@ -61,43 +61,21 @@ def draw_into(
         # As it will be read back: JSON turns tuples into lists.
         whole = {**origin, **job.record(), **environment(processes.device)}
         record = json.loads(json.dumps(whole))
-        _check_same(_together(processes, lambda: record))
+        _check_same(processes.together(lambda: record))
         folder = SamplingFolder(out, job.moved(processes.device), record)
         zero = processes.is_zero
-        claimed = _together(processes, lambda: folder.claim(held, overwrite) if zero else None)
+        claimed = processes.together(lambda: folder.claim(held, overwrite) if zero else None)
         missing = claimed[0]
         if missing is None:
             return Drawn(job.num, 0, 0.0)
         started = time.perf_counter()
         mine = missing[processes.rank :: processes.world_size]
-        _together(processes, lambda: folder.draw(mine, progress and zero))
+        processes.together(lambda: folder.draw(mine, progress and zero))
         drawn = sum(len(folder.store.rows(first)) for first in missing)
         result = Drawn(job.num - drawn, drawn, time.perf_counter() - started)
         if zero:
             folder.finish(result, processes.world_size)
         return result
-
-
-def _together(processes: Processes, action: Callable[[], T]) -> list[T]:
-    """What an action returns on every process; if it fails on one, it fails on all.
-
-    Nobody then waits for a process that is gone.
-    """
-    error: Exception | None = None
-    result: T | None = None
-    try:
-        result = action()
-    except Exception as caught:
-        error = caught
-        if processes.world_size > 1:  # the others may have hours to go before they hear of it
-            _LOG.error("process %d failed: %s", processes.rank, caught)
-    outcomes = processes.gather((result, None if error is None else str(error)))
-    if error is not None:
-        raise error
-    for rank, (_, message) in enumerate(outcomes):
-        if message is not None:
-            raise ValueError(f"process {rank} failed: {message}")
-    return [cast(T, outcome) for outcome, _ in outcomes]
 
 
 def _check_same(records: list[dict[str, Any]]) -> None:

@@ -25,18 +25,10 @@ def alone() -> Processes:
 
 
 @pytest.fixture(scope="session")
-def make_autoencoder() -> Callable[..., Autoencoder]:
+def make_autoencoder(make_vae: Callable[..., AutoencoderKL]) -> Callable[..., Autoencoder]:
     def make(seed: int = 0, **overrides: Any) -> Autoencoder:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network = AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-                block_out_channels=(4, 8),
-                norm_num_groups=4,
-                **({"scaling_factor": 0.5, "shift_factor": 0.25} | overrides),
-            )
-        return Autoencoder(network, f"autoencoder {seed}")
+        factors = {"scaling_factor": 0.5, "shift_factor": 0.25}
+        return Autoencoder(make_vae(seed, **(factors | overrides)), f"autoencoder {seed}")
 
     return make
 

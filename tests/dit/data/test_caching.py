@@ -243,7 +243,7 @@ def test_a_file_is_no_folder(tmp_path, make_job, alone):
 def test_moments_that_float16_cannot_hold_are_refused(tmp_path, make_job, make_autoencoder, alone):
     large = make_autoencoder()
     with torch.no_grad():
-        large._network.quant_conv.weight.mul_(1e6)
+        large.network.quant_conv.weight.mul_(1e6)
     with pytest.raises(ValueError, match="not finite in float16; pass --dtype float32"):
         write_cache(tmp_path, make_job(autoencoder=large), alone)
     write_cache(tmp_path, make_job(autoencoder=large, dtype="float32"), alone)

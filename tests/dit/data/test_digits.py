@@ -151,13 +151,13 @@ def test_processes_that_do_not_divide_the_batch_are_refused(monkeypatch):
     data, trainer = Digits(batch_size=50, seed=0), make_trainer(1)
     data.trainer = trainer
     monkeypatch.setattr(pl.Trainer, "world_size", 3)
-    with pytest.raises(ValueError, match="batch_size=50 .* 3 processes .* multiple of 3"):
+    with pytest.raises(ValueError, match=r"batch_size=50 .* 3 processes .* multiple of 3"):
         data.train_dataloader()
 
 
 def test_a_network_that_does_not_fit_is_refused():
     tiny = {"hidden_size": 8, "depth": 1, "num_heads": 1}
-    with pytest.raises(ValueError, match="set its in_channels and input_size"):
+    with pytest.raises(ValueError, match=r"set its in_channels and input_size"):
         Digits().check_network(DiT(32, 2, 4, num_classes=10, **tiny))
     with pytest.raises(ValueError, match="num_classes=9"):
         Digits().check_network(DiT(8, 2, 1, num_classes=9, **tiny))

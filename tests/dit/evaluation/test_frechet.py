@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from dit_qat.dit.evaluation.frechet import (
     FeatureStatistics,
@@ -87,6 +88,16 @@ def test_it_equals_the_formula_with_a_matrix_square_root():
     root = scipy.linalg.sqrtm((a @ b).numpy())
     expected = float(a.trace() + b.trace()) - 2 * np.trace(root).real
     assert gaussian_frechet_distance(zero, a, zero, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_it_equals_torch_fidelity():
+    a, b = normal(400, 32, key="a"), normal(300, 32, key="b") * 1.2 + 0.1
+    theirs = fid_statistics_to_metric(
+        fid_features_to_statistics(a), fid_features_to_statistics(b), verbose=False
+    )["frechet_inception_distance"]
+    assert frechet_distance(statistics(*a.split(7)), statistics(b)) == pytest.approx(
+        theirs, rel=1e-9
+    )
 
 
 def test_it_is_symmetric_and_zero_for_equal_sets(features):

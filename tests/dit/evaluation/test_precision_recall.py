@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dit_qat.dit.evaluation import precision_recall as module
+from dit_qat.dit.evaluation.feature_file import FeatureFile
 from dit_qat.dit.evaluation.precision_recall import precision_recall
 from dit_qat.dit.randomness import generator_for
 
@@ -74,17 +76,55 @@ def test_swapping_the_sets_swaps_the_scores():
     assert precision_recall(real, generated) == precision_recall(generated, real)[::-1]
 
 
-@pytest.mark.parametrize("limit", [1, 100, 1000])
-def test_chunks_do_not_matter(monkeypatch, limit):
+@pytest.mark.parametrize("block", [1, 7, 20])
+def test_blocks_do_not_matter(monkeypatch, block):
     real, generated = normal(40, "real"), normal(33, "generated") + 0.5
     whole = precision_recall(real, generated)
-    monkeypatch.setattr(module, "_DISTANCES_AT_ONCE", limit)
+    monkeypatch.setattr(module, "_BLOCK", block)
     assert precision_recall(real, generated) == whole
 
 
-def test_chunks_hold_no_more_distances_than_allowed(monkeypatch):
-    monkeypatch.setattr(module, "_DISTANCES_AT_ONCE", 100)
-    assert all(d.numel() <= 100 for d in module._distances(normal(40, "a"), normal(33, "b")))
+def test_features_are_read_in_blocks_only(monkeypatch, tmp_path):
+    real, generated = normal(40, "real"), normal(33, "generated") + 0.5
+    monkeypatch.setattr(module, "_BLOCK", 8)
+    largest = 0
+
+    class Watched(FeatureFile):
+        def __getitem__(self, rows):
+            nonlocal largest
+            read = super().__getitem__(rows)
+            largest = max(largest, len(read))
+            return read
+
+    files = []
+    for name, values in (("real", real), ("generated", generated)):
+        files.append(Watched(tmp_path / name, *values.shape))
+        files[-1].create()
+        files[-1].write(0, values)
+    assert precision_recall(*files) == precision_recall(real, generated)
+    assert largest == 8
+
+
+def test_it_equals_torch_fidelity():
+    real, generated = normal(150, "real", 30), normal(120, "generated", 30) * 0.8
+    theirs = prc_features_to_metric(generated, real, verbose=False)
+    precision, recall = precision_recall(real, generated)
+    assert 0 < recall < precision < 1
+    assert precision == pytest.approx(theirs["precision"], abs=1e-6)
+    assert recall == pytest.approx(theirs["recall"], abs=1e-6)
+
+
+def test_twins_far_from_the_origin_are_inside_though_products_cancel():
+    points = normal(300, "twins", 64) * 1e-3 + normal(1, "centre", 64) * 1e2
+    pairs = points.repeat_interleave(4, dim=0)  # every radius at k=3 is zero
+    assert precision_recall(pairs, points.repeat(4, 1)) == (1.0, 1.0)
+    nudged = pairs + 1e-4 * torch.ones(64)
+    assert precision_recall(pairs, nudged) == (0.0, 0.0)
+
+
+def test_a_collapsed_model_has_precision_only_if_its_image_is_real():
+    real = normal(50, "real")
+    assert precision_recall(real, real[7].expand(60, -1)) == (1.0, pytest.approx(1 / 50))
 
 
 @pytest.mark.parametrize("k", [0, 4])

@@ -13,21 +13,10 @@ from dit_qat.dit.models.autoencoder import Autoencoder, LatentSpace, load_autoen
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def make_network(seed=0, **overrides):
-    sizes = {"block_out_channels": (4, 8), "norm_num_groups": 4, "latent_channels": 4}
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return AutoencoderKL(**(sizes | blocks | overrides))
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, make_vae):
     path = tmp_path_factory.mktemp("vae")
-    make_network(scaling_factor=0.5, shift_factor=0.25).save_pretrained(path)
+    make_vae(scaling_factor=0.5, shift_factor=0.25).save_pretrained(path)
     return path
 
 
@@ -71,8 +60,8 @@ def test_encoding_gives_the_moments_of_diffusers(loaded, folder):
     assert not mean.requires_grad
 
 
-def test_log_variances_are_clamped():
-    network = make_network()
+def test_log_variances_are_clamped(make_vae):
+    network = make_vae()
     torch.nn.init.constant_(network.quant_conv.bias, 100.0)
     _, log_variance = Autoencoder(network, "test").encode(images())
     assert (log_variance == 20).all()
@@ -150,8 +139,8 @@ def test_weights_of_another_model_are_refused(damaged):
         load_autoencoder(damaged)
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path):
-    network = make_network()
+def test_weights_that_are_not_finite_are_refused(tmp_path, make_vae):
+    network = make_vae()
     torch.nn.init.constant_(network.encoder.conv_in.bias, float("nan"))
     network.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"encoder\.conv_in\.bias holds NaN"):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 
 from dit_qat.dit.evaluation import load_images
 from dit_qat.dit.models.autoencoder import Autoencoder
@@ -215,17 +214,8 @@ def test_latents_come_as_they_are(make_job, make_network, tmp_path):
     assert not (tmp_path / "shards").exists()
 
 
-def test_latents_are_decoded_in_batches_of_one_size(make_job, tmp_path, calls):
-    torch.manual_seed(0)
-    network = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        latent_channels=1,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    autoencoder = Autoencoder(network, "tiny")
+def test_latents_are_decoded_in_batches_of_one_size(make_job, make_vae, tmp_path, calls):
+    autoencoder = Autoencoder(make_vae(latent_channels=1), "tiny")
     job = make_job(autoencoder=autoencoder, decode_batch_size=3)
     drawn = torch.cat([i for _, i in sample_images(job.network, SAMPLER, range(10))])
     draw_into(tmp_path / "one", job, ORIGIN, ALONE)

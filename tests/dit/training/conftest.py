@@ -51,17 +51,8 @@ def latents() -> NormalLatents:
 
 
 @pytest.fixture
-def vae_folder(tmp_path: Path) -> Path:
-    """A small random autoencoder: 4 latent channels, 2 pixels per latent."""
-    torch.manual_seed(0)
-    network = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-    )
-    network.save_pretrained(tmp_path / "vae")
+def vae_folder(tmp_path: Path, make_vae: Callable[..., AutoencoderKL]) -> Path:
+    make_vae().save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
 
 
