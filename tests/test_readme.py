@@ -1,13 +1,17 @@
-"""Every command of the README runs, made short."""
+"""Every command of the README runs, made short; those on other pages are spelled right."""
 
 import re
 import shlex
+from functools import wraps
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from readme_command import README, command
 
-from dit_qat.cli.main import main
+from dit_qat.cli.main import VERBS, main
+from dit_qat.cli.training import TrainingCLI, run_training
+from dit_qat.cli.verbs import run_function
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,23 +22,21 @@ SHORTER = {
 QUICK_FIT = ["--samples.every_n_steps", "0", "--trainer.limit_val_batches", "0"]
 
 
-def program_lines() -> list[list[str]]:
-    """The arguments of every ``dit-qat`` line in the README's shell blocks, in order."""
-    blocks = re.findall(r"```bash\n(.*?)```", README.read_text(), re.DOTALL)
-    lines = [part.strip() for block in blocks for part in re.split(r"\n|&&", block)]
+def program_lines(page: Path, runnable: bool) -> list[list[str]]:
+    """The arguments of every ``dit-qat`` line in a page's shell blocks, in order."""
+    blocks = re.findall(r"(<!-- needs .*?-->\n)?```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    text = "\n".join(block for needs, block in blocks if not (runnable and needs))
+    lines = [part.strip() for part in re.split(r"\n|&&", text.replace("\\\n", " "))]
     programs = [shlex.split(line, comments=True) for line in lines]
-    return [words[1:] for words in programs if words and words[0].endswith("dit-qat")]
+    found = []
+    for words in programs:
+        names = [index for index, word in enumerate(words) if re.search(r"dit[-_]qat$", word)]
+        found += [words[names[0] + 1 :]] if names and words[0] != "pip" else []
+    return found
 
 
 def test_the_readme_names_every_verb() -> None:
-    assert {words[0] for words in program_lines()} >= {
-        "demo",
-        "fit",
-        "validate",
-        "sample",
-        "evaluate",
-        "inspect",
-    }
+    assert {words[0] for words in program_lines(README, runnable=False)} >= {*VERBS} - {"test"}
 
 
 def test_ci_runs_the_test_command() -> None:
@@ -51,7 +53,7 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     steps = 2
-    for words in program_lines():
+    for words in program_lines(README, runnable=True):
         extra = SHORTER.get(words[0], [])
         if words[0] == "fit":
             extra = [*QUICK_FIT, "--trainer.max_steps", str(steps)]
@@ -59,6 +61,34 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert main([*words, *extra]) == 0, words
     for result in ("demo/report.html", "demo/metrics.json", "samples/grid.png", "scores"):
         assert (tmp_path / result).exists(), result
+
+
+class Parsed(Exception):  # noqa: N818
+    """A command has read its options."""
+
+
+def stop(*_: object, **__: object) -> None:
+    raise Parsed
+
+
+def parse(words: list[str]) -> None:
+    """Let a command read its options, and stop before it does anything."""
+    verb = VERBS[words[0]]
+    if verb.module is None:
+        run_training(words)
+    else:
+        function = getattr(import_module(verb.module), words[0].replace("-", "_"))
+        run_function(wraps(function)(stop), "dit-qat", words[1:])
+
+
+@pytest.mark.parametrize("page", [README, *sorted(ROOT.glob("docs/*.md"))], ids=lambda p: p.name)
+def test_every_command_is_spelled_right(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(TrainingCLI, "before_instantiate_classes", stop)
+    for words in program_lines(page, runnable=False):
+        given = [word.replace("CONFIG", "configs/digits/float.yaml") for word in words]
+        with pytest.raises(Parsed):
+            parse(given)
 
 
 def test_the_python_example_runs() -> None:
