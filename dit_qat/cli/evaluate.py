@@ -14,7 +14,7 @@ from dit_qat.cli.scoring import RESULTS, ScoringOptions, score_images
 from dit_qat.dit.data import digit_images
 from dit_qat.dit.data.digits import Digits
 from dit_qat.dit.evaluation import evaluate_digits
-from dit_qat.dit.evaluation.protocol import find_record
+from dit_qat.dit.evaluation.protocol import find_record, record_folder
 from dit_qat.dit.evaluation.report import CompareTo
 from dit_qat.dit.evaluation.scoring import Metric
 from dit_qat.dit.evaluation.sources import ImageSource, open_images
@@ -91,7 +91,8 @@ def _open(samples: Path, out: Path | None, overwrite: bool) -> ImageSource:
     """Open the samples, and refuse a folder that cannot take the results: nothing is done yet."""
     source = open_images(samples)
     if out is not None:
-        if out.resolve() in (samples.resolve(), source.path.resolve()):
+        of_samples = {samples.resolve(), source.path.resolve(), record_folder(source)}
+        if out.resolve() in of_samples:
             raise ValueError(f"--out {out} is the folder of the samples; choose another")
         check_claim(out, RESULTS, overwrite)
     return source

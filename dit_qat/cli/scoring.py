@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dit_qat.cli.output import GRID_IMAGES, claim, save_grid
+from dit_qat.cli.output import GRID_IMAGES, check_claim, claim, save_grid
 from dit_qat.dit.evaluation.dinov2 import load_dinov2
 from dit_qat.dit.evaluation.extraction import Networks
 from dit_qat.dit.evaluation.inception import find_inception, load_inception
@@ -68,16 +68,17 @@ def score_images(
         samples, metrics, networks, opened, options.batch_size, options.seed, keep
     )
     cautions = _check_numbers(comparison, options.allow_few_samples)
-    with _held(out, processes), scratch_folder(out, processes) as scratch:
-        scores = comparison.run(processes, scratch, progress=True)
-    if scores is None:
-        return
-    report = make_report(comparison, scores, record, options.compare_to, cautions, notes)
-    _print(report)
-    if options.cache_reference is not None:
-        _cache(options.cache_reference, scores, comparison)
-    if out is not None:
-        _write(out, report, samples, overwrite)
+    with _held(out, overwrite, processes):
+        with scratch_folder(out, processes) as scratch:
+            scores = comparison.run(processes, scratch, progress=True)
+        if scores is None:
+            return
+        report = make_report(comparison, scores, record, options.compare_to, cautions, notes)
+        _print(report)
+        if out is not None:
+            _write(out, report, samples, overwrite)
+        if options.cache_reference is not None:
+            _cache(options.cache_reference, scores, comparison)
 
 
 def _check_options(
@@ -125,13 +126,16 @@ def _load(metrics: list[Metric], options: ScoringOptions, processes: Processes) 
 
 
 @contextmanager
-def _held(out: Path | None, processes: Processes) -> Iterator[None]:
-    """Hold the folder of the results, by process zero; fail in all if another run has it."""
+def _held(out: Path | None, overwrite: bool, processes: Processes) -> Iterator[None]:
+    """Hold the folder of the results, by process zero; fail in all if another run has or had it."""
     with ExitStack() as stack:
-        if out is not None:
-            processes.together(
-                lambda: processes.is_zero and stack.enter_context(locked(out)) is None
-            )
+
+        def hold() -> None:
+            if processes.is_zero and out is not None:
+                stack.enter_context(locked(out))
+                check_claim(out, RESULTS, overwrite)  # again: a run may just have ended
+
+        processes.together(hold)
         yield
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from dit_qat.cli import scoring
 from dit_qat.cli.main import main
 from dit_qat.dit.data import digit_images
 from dit_qat.dit.evaluation import evaluate_digits, save_images, save_npz
@@ -112,6 +113,13 @@ class TestRefusals:
         assert "folder of the samples" in refused("evaluate", *options)
         assert contents(samples) == before
 
+    def test_the_run_that_the_samples_are_of(self, refused, contents, samples):
+        before = contents(samples)
+        for path in (samples / "images", samples / ".." / samples.name / "images"):
+            options = ["--samples", path, "--out", samples, "--overwrite"]
+            assert "folder of the samples" in refused("evaluate", *options)
+        assert contents(samples) == before
+
     def test_labels_of_another_number(self, refused, samples):
         (samples / "images" / "000003.png").unlink()
         message = refused("evaluate", "--samples", samples)
@@ -213,6 +221,44 @@ class TestInceptionPath:
         assert "few.npz has 6 images, too few for fid: it needs more than 6" in message
         assert main([*options, "--allow_few_samples"]) == 0
         assert "too few for fid" in capsys.readouterr().err
+
+    def test_results_are_written_before_another_run_gets_the_folder(
+        self, quick, tmp_path, monkeypatch
+    ):
+        def write(out, *_):
+            with pytest.raises(BlockingIOError), locked(out):
+                pass
+            return original(out, *_)
+
+        original = scoring._write
+        monkeypatch.setattr(scoring, "_write", write)
+        assert main([*quick, "--metrics", "is", "--out", str(tmp_path / "out")]) == 0
+
+    def test_a_run_that_ended_meanwhile_is_not_replaced(
+        self, refused, quick, contents, tmp_path, monkeypatch
+    ):
+        out = tmp_path / "out"
+
+        def load(*_):
+            out.mkdir()
+            (out / "metrics.json").write_text("precious")
+            return SmallInception()
+
+        monkeypatch.setattr("dit_qat.cli.scoring.load_inception", load)
+        monkeypatch.setattr(scoring, "make_report", lambda *_: pytest.fail("scored first"))
+        assert "already holds results" in refused(*quick, "--metrics", "is", "--out", out)
+        assert (out / "metrics.json").read_text() == "precious"
+
+    def test_scores_outlive_a_cache_that_cannot_be_written(
+        self, refused, quick, tmp_path, monkeypatch
+    ):
+        def full(*_):
+            raise OSError("no space left")
+
+        monkeypatch.setattr(scoring, "save_reference", full)
+        options = ["--reference", tmp_path / "real.npz", "--cache_reference", tmp_path / "c.npz"]
+        assert "no space left" in refused(*quick, *options, "--out", tmp_path / "out")
+        assert "fid" in json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
 
     def test_another_run_holds_the_folder(self, refused, quick, tmp_path):
         with locked(tmp_path / "out"):

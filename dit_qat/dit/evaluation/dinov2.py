@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer, vit_large_patch14_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dit_qat.dit.evaluation.inception import exact_convolutions
+from dit_qat.dit.evaluation.exact import exact_arithmetic
 from dit_qat.dit.evaluation.sources import file_sha256
 from dit_qat.dit.evaluation.state_files import load_strictly_, read_state
 
@@ -56,7 +56,7 @@ class DinoFeatures(nn.Module):
         pixels = images.expand(-1, 3, -1, -1).float()
         if pixels.shape[2:] != side:
             pixels = F.interpolate(pixels, side, mode="bicubic", antialias=True).clamp(0, 255)
-        with exact_convolutions():
+        with exact_arithmetic(images.device):
             features: Tensor = self.network((pixels / 255 - self.mean) / self.std)
         return features
 

@@ -79,5 +79,9 @@ class FeatureFile:
         with self.path.open("rb", buffering=0) as file:
             for start, part in zip(starts, values, strict=True):
                 file.seek(start * self.shape[1] * _FLOAT.itemsize)
-                file.readinto(part.data.cast("B"))
+                if file.readinto(part.data.cast("B")) != part.nbytes:
+                    raise OSError(
+                        f"{self.path} ends before vector {start + count}: another program changed "
+                        "it; run the command again"
+                    )
         return torch.from_numpy(values).flatten(0, 1)

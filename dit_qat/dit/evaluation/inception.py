@@ -3,10 +3,10 @@
 It is torch-fidelity's port of the TensorFlow graph of 2015-12-05, with its TensorFlow-like resize.
 """
 
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     FeatureExtractorInceptionV3,
 )
 
+from dit_qat.dit.evaluation.exact import exact_arithmetic
 from dit_qat.dit.evaluation.sources import file_sha256
 from dit_qat.dit.evaluation.state_files import load_strictly_, read_state
 
@@ -22,7 +23,6 @@ __all__ = [
     "INCEPTION_SHA256",
     "Activations",
     "InceptionFeatures",
-    "exact_convolutions",
     "find_inception",
     "load_inception",
 ]
@@ -84,7 +84,7 @@ class InceptionFeatures(nn.Module):
         # The block's output begins with its first branch.
         hook = self.network.Mixed_6d.register_forward_hook(lambda _m, _i, out: blocks.append(out))
         try:
-            with exact_convolutions():
+            with exact_arithmetic(images.device):
                 pool, logits = self.network(images.expand(-1, 3, -1, -1))
         finally:
             hook.remove()
@@ -94,13 +94,6 @@ class InceptionFeatures(nn.Module):
     def train(self, mode: bool = True) -> "InceptionFeatures":
         """Stay in evaluation mode, whatever the module that holds this one does."""
         return super().train(False)
-
-
-def exact_convolutions() -> Any:
-    """Return a context in which a GPU convolves in float32, not TF32, and repeatably."""
-    return torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    )
 
 
 def find_inception(weights: str = "auto") -> Path:
@@ -124,7 +117,7 @@ def find_inception(weights: str = "auto") -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256)
-        except (URLError, TimeoutError, RuntimeError) as error:  # RuntimeError: another hash
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: another hash
             raise ConnectionError(
                 f"cannot download the Inception weights ({error}); fetch {URL_INCEPTION_V3} where "
                 f"there is a network, and put it at {path} or name it with --inception FILE"

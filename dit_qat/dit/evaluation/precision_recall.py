@@ -117,7 +117,8 @@ def _candidates(points: Tensor, centres: Rows, radii: Tensor, count: int, mean: 
 def _distances(points: Tensor, centres: Rows, indices: Tensor) -> Tensor:
     """Return the exact distances (n, count) of points (n, D) to the centres of those indices."""
     exact = points.to(torch.float64)
-    columns = indices.unbind(dim=1)  # one after the other, for each is as large as the points
+    # One after the other, for each is as large as the points; what is indexed may be on the CPU.
+    columns = indices.cpu().unbind(dim=1)
     return torch.stack([(exact - centres[i].to(exact)).norm(dim=1) for i in columns], dim=1)
 
 

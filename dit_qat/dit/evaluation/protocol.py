@@ -5,6 +5,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from dit_qat import __version__
@@ -12,7 +13,14 @@ from dit_qat.dit.evaluation.references import Reference
 from dit_qat.dit.evaluation.scoring import KID_SUBSETS, NEIGHBOURS, Comparison, kid_subset
 from dit_qat.dit.evaluation.sources import ImageSource
 
-__all__ = ["ADM_REFERENCE", "UNKNOWN", "Protocol", "find_record", "protocol_of"]
+__all__ = [
+    "ADM_REFERENCE",
+    "UNKNOWN",
+    "Protocol",
+    "find_record",
+    "protocol_of",
+    "record_folder",
+]
 
 UNKNOWN = "unknown"
 """Stands where nobody wrote down what was done."""
@@ -33,11 +41,13 @@ class Protocol:
         num_samples: How many there are.
         shape: Channels, height and width of a sample.
         conditional: Whether classes were asked for.
+        classes: How many different ones; None without.
         reference: Where the reference is.
         reference_sha256: Hash of the file, or of the images' files.
         reference_kind: Images or statistics, and in which layout.
         reference_count: Of how many images FID's statistics are.
         reference_images: How many images serve KID, precision and recall.
+        reference_shape: Channels, height and width of such an image.
         extractor: The feature network.
         extractor_sha256: Hash of its weights.
         dinov2_sha256: Hash of the weights behind FD-DINOv2.
@@ -65,11 +75,13 @@ class Protocol:
     num_samples: int
     shape: tuple[int, int, int]
     conditional: Any
+    classes: Any
     reference: str | None
     reference_sha256: str | None
     reference_kind: str | None
     reference_count: int | str | None
     reference_images: int | None
+    reference_shape: tuple[int, int, int] | None
     extractor: str | None
     extractor_sha256: str | None
     dinov2_sha256: str | None
@@ -92,17 +104,23 @@ class Protocol:
     versions: Mapping[str, str]
 
 
+def record_folder(source: ImageSource) -> Path | None:
+    """Return the folder, resolved, in which ``dit-qat sample`` would have described the images."""
+    return source.path.resolve().parent if source.path.name in _SUBFOLDERS else None
+
+
 def find_record(source: ImageSource) -> dict[str, Any]:
     """Return what ``dit-qat sample`` wrote beside the images; empty if it did not draw them.
 
     Raises:
         ValueError: A damaged record, one of another number of images, or an unfinished run.
     """
-    inside = source.path.name in _SUBFOLDERS
-    folder = source.path.parent
+    folder = record_folder(source)
+    if folder is None:
+        return {}
     path = folder / _RECORD
-    if not inside or not path.is_file():
-        if inside and (folder / _UNFINISHED).is_file():
+    if not path.is_file():
+        if (folder / _UNFINISHED).is_file():
             raise ValueError(
                 f"{folder} is a sampling run that is not finished; repeat its command to go on"
             )
@@ -144,16 +162,17 @@ def protocol_of(comparison: Comparison, record: Mapping[str, Any]) -> Protocol:
 
 
 def _reference_part(reference: Reference | None) -> dict[str, Any]:
-    names = ("", "_sha256", "_kind", "_count", "_images")
+    names = ("", "_sha256", "_kind", "_count", "_images", "_shape")
     if reference is None:
         return {f"reference{name}": None for name in names}
-    count = None if reference.images is None else len(reference.images)
+    images = reference.images
+    count, shape = (None, None) if images is None else (len(images), images.shape)
     given = reference.moments.get("pool")
     if given is None:
         of_moments: int | str | None = count
     else:
         of_moments = UNKNOWN if given.count is None else given.count
-    parts = (str(reference.path), reference.sha256(), _kind(reference), of_moments, count)
+    parts = (str(reference.path), reference.sha256(), _kind(reference), of_moments, count, shape)
     return {f"reference{name}": part for name, part in zip(names, parts, strict=True)}
 
 
@@ -169,8 +188,10 @@ def _kind(reference: Reference) -> str:
 
 def _sampling_part(record: Mapping[str, Any]) -> dict[str, Any]:
     sampler = record.get("sampler") or {}
+    labels = record.get("labels", UNKNOWN)
     known = {
-        "conditional": record["labels"] is not None if "labels" in record else UNKNOWN,
+        "conditional": UNKNOWN if labels == UNKNOWN else labels is not None,
+        "classes": len(set(labels)) if isinstance(labels, list) else labels,
         "network": record.get("source", UNKNOWN),
         "network_sha256": record.get("weights_sha256", UNKNOWN),
         "sampler": sampler.get("kind", UNKNOWN),
@@ -210,8 +231,8 @@ def _details(comparison: Comparison) -> dict[str, str]:
     every = {
         "sfid": "first 7 channels of mixed_6/conv, 17 x 17 (Mixed_6d), 2,023 features",
         "is": "mean over splits of 5,000 in order, without the bias of the logits",
-        "precision": f"{NEIGHBOURS} nearest neighbours, pool features",
-        "recall": f"{NEIGHBOURS} nearest neighbours, pool features",
+        "precision": f"{NEIGHBOURS} nearest neighbours, pool features, exact distances",
+        "recall": f"{NEIGHBOURS} nearest neighbours, pool features, exact distances",
         "fd_dinov2": "class token of ViT-L/14, 1,024 features",
     }
     if images is not None:

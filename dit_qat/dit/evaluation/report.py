@@ -103,7 +103,8 @@ def make_report(
             f"unknown here: {', '.join(unknown)}. Nobody wrote it down (dit-qat sample does, in "
             "metrics.json), so nothing says that the protocols agree"
         )
-    return Report(scores.values, protocol, published, [*cautions, *known], notes)
+    warnings = [*cautions, *comparison.unlike(), *known]
+    return Report(scores.values, protocol, published, warnings, notes)
 
 
 def _card_lines(name: str, value: Any) -> list[tuple[str, Any]]:

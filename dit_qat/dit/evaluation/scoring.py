@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
+from dit_qat.dit.evaluation.exact import exact_arithmetic
 from dit_qat.dit.evaluation.extraction import Collected, Networks, Wanted, extract
 from dit_qat.dit.evaluation.feature_file import FeatureFile
 from dit_qat.dit.evaluation.frechet import gaussian_frechet_distance
@@ -94,6 +95,18 @@ class Comparison:
             self._check_served(metric)
         return [line for metric in self.metrics for line in self._too_few(metric)]
 
+    def unlike(self) -> list[str]:
+        """Return, in words, how the two sides differ in what features should not measure."""
+        images = None if self.reference is None else self.reference.images
+        if images is None or images.shape == self.samples.shape or set(self.metrics) <= {"is"}:
+            return []
+        ours, theirs = (" x ".join(map(str, side.shape)) for side in (self.samples, images))
+        return [
+            f"the samples are {ours} and the images of {images.path} {theirs} (channels, height, "
+            "width): features depend on the size, so crop and resize those images as the training "
+            "data were"
+        ]
+
     def run(self, processes: Processes, scratch: Path, progress: bool = False) -> Scores | None:
         """Compute the metrics; process zero gets them, the others None.
 
@@ -156,7 +169,8 @@ class Comparison:
         if found.score is not None:
             values["is"], values["is_std"] = found.score.compute()
         if found.features is not None and known.features is not None:
-            values |= self._by_features(known.features, found.features, device)
+            with exact_arithmetic(device):
+                values |= self._by_features(known.features, found.features, device)
         return Scores(values, moments)
 
     def _by_features(

@@ -23,7 +23,7 @@ def scratch_folder(out: Path | None, processes: Processes) -> Iterator[Path]:
         processes: All of those that call this together.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: It cannot be made, or not every process sees it.
     """
 
     def make() -> Path | None:
@@ -38,7 +38,16 @@ def scratch_folder(out: Path | None, processes: Processes) -> Iterator[Path]:
     folder = processes.together(make)[0]
     assert folder is not None
     try:
+        processes.together(lambda: _see(folder, processes.rank))
         yield folder
     finally:
         if processes.is_zero:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _see(folder: Path, rank: int) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}, made by process 0, is not there for process {rank}, which is on another "
+            "machine: name a folder that all machines see, --out"
+        )

@@ -32,9 +32,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"{path} is truncated or no file of tensors ({type(error).__name__}); copy or download "
             "it again"
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} holds no state dict of tensors")
-    return content
+    held = content.values() if isinstance(content, dict) else ()
+    if not held or not all(isinstance(value, Tensor) for value in held):
+        raise ValueError(f"{path} holds no state dict of tensors; give the file of the weights")
+    return dict(content)
 
 
 def load_strictly_(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -49,6 +50,6 @@ def load_strictly_(network: nn.Module, state: Mapping[str, Tensor], path: Path) 
     except RuntimeError as error:
         raise ValueError(
             f"{path} holds the weights of another network than {type(network).__name__}: "
-            f"{str(error).splitlines()[1].strip()[:200]}"
+            f"{' '.join(str(error).split())[:200]}"
         ) from error
     network.requires_grad_(False).eval()

@@ -8,11 +8,12 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    RepositoryNotFoundError,
 )
 
+from dit_qat.dit.models.hub import HTTP_ERROR
 from dit_qat.dit.models.published import PUBLISHED_SUFFIXES
 from dit_qat.dit.models.transformer_folder import CONFIG_FILE, WEIGHT_FILES, shards_of
 
@@ -40,6 +41,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
     Raises:
         FileNotFoundError: If there is no such file, or the hub does not have it or cannot be
             reached.
+        OSError: If a download breaks off.
         ValueError: If it is a folder of something else.
     """
     name, path = os.fspath(source), Path(source)
@@ -115,11 +117,17 @@ class _Repository:
             return None
         except EntryNotFoundError:
             return None
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
+        except (RepositoryNotFoundError, HFValidationError) as error:
             raise FileNotFoundError(
                 f"{self._name}: no such file, and the hub gives no repository of that name "
                 f"({type(error).__name__}: {_first_line(error)}); check the name (a private or "
-                "gated one needs 'hf auth login') and the connection"
+                "gated one needs 'hf auth login')"
+            ) from error
+        except (OSError, HTTP_ERROR) as error:
+            raise OSError(
+                f"{self._name}: {name} could not be downloaded ({type(error).__name__}: "
+                f"{_first_line(error)}); check the connection and the space left where HF_HOME is, "
+                "and repeat the command"
             ) from error
         if self._revision is None:  # the rest is of the same commit, whose name the folder has
             self._revision = path.parent.name

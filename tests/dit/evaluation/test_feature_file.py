@@ -26,3 +26,14 @@ def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"the features of 20 images need .* --out"):
         FeatureFile(tmp_path / "f", 20, 3).create()
     assert not (tmp_path / "f").exists()
+
+
+def test_a_file_that_was_cut_is_no_vectors_of_chance(tmp_path):
+    file = FeatureFile(tmp_path / "f", 4, 3)
+    file.create()
+    (tmp_path / "f").write_bytes(b"\0" * 40)
+    assert file[:3].shape == (3, 3)
+    with pytest.raises(OSError, match="ends before vector 4"):
+        file[:4]
+    with pytest.raises(OSError, match="ends before vector 4"):
+        file[torch.tensor([3])]

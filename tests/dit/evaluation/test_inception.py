@@ -1,5 +1,6 @@
 import hashlib
 import pickle
+from http.client import BadStatusLine
 from pathlib import Path
 from urllib.error import URLError
 
@@ -54,6 +55,21 @@ def test_outputs_are_those_of_torch_fidelity(inception_file, images, activations
 def test_grey_images_count_as_equal_colours(inception, images):
     grey = images[:1, :1]
     assert torch.equal(inception(grey), inception(grey.repeat(1, 3, 1, 1)))
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_autocast_and_fast_products_do_not_reach_it(inception, images, activations, precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = inception.activations(images)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for ours, theirs in zip(found, activations, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)
 
 
 def test_it_stays_frozen_and_hooks_leave_no_trace(inception):
@@ -122,11 +138,12 @@ class TestFiles:
 
     def test_other_weights_are_refused(self, tmp_path):
         torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "x.pth")
-        with pytest.raises(ValueError, match="weights of another network"):
+        with pytest.raises(ValueError, match=r"weights of another network.*Missing key"):
             load_inception(tmp_path / "x.pth")
-        torch.save([1], tmp_path / "x.pth")
-        with pytest.raises(ValueError, match="no state dict"):
-            load_inception(tmp_path / "x.pth")
+        for content in ([1], {}, {"epoch": 3}):
+            torch.save(content, tmp_path / "x.pth")
+            with pytest.raises(ValueError, match="no state dict"):
+                load_inception(tmp_path / "x.pth")
 
     def test_a_missing_file_is_named(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"--inception .*nothing\.pth: no such file"):
@@ -147,9 +164,12 @@ class TestFiles:
         assert asked == [(URL_INCEPTION_V3, INCEPTION_SHA256)]
         assert path.stem.endswith(INCEPTION_SHA256[:8])
 
-    def test_offline_says_what_to_do(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        "error", [URLError("no route"), ConnectionResetError("no route"), BadStatusLine("no route")]
+    )
+    def test_offline_says_what_to_do(self, tmp_path, monkeypatch, error):
         def fail(*_):
-            raise URLError("no route")
+            raise error
 
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
         monkeypatch.setattr(torch.hub, "download_url_to_file", fail)

@@ -19,7 +19,7 @@ RECORD = {
     "num_samples": 8,
     "source": "run/last.ckpt",
     "weights_sha256": "w" * 64,
-    "labels": [0] * 8,
+    "labels": [0, 1, 2, 3] * 2,
     "sampler": {
         "kind": "ddpm",
         "steps": 250,
@@ -60,6 +60,7 @@ def as_published(card):
         card,
         num_samples=50_000,
         shape=(3, 256, 256),
+        classes=1000,
         reference_kind=ADM_REFERENCE,
         extractor_sha256=INCEPTION_SHA256,
     )
@@ -70,6 +71,7 @@ def test_the_card_holds_what_was_recorded_and_what_was_computed(card, folder):
     assert (card.guidance, card.guided_channels, card.seed) == (1.5, 3, 7)
     assert (card.vae, card.vae_sha256, card.vae_scaling) == ("sd-vae-ft-ema", "v" * 64, 0.18215)
     assert (card.network_sha256, card.precision, card.conditional) == ("w" * 64, "bf16", True)
+    assert (card.classes, card.reference_shape) == (4, (3, 8, 8))
     assert card.samples_sha256 == file_sha256(folder / "samples.npz")
     assert card.reference_sha256 == file_sha256(folder.parent / "real.npz")
     assert (card.reference_kind, card.reference_count, card.reference_images) == ("images", 9, 9)
@@ -82,6 +84,7 @@ def test_the_card_holds_what_was_recorded_and_what_was_computed(card, folder):
 def test_what_nobody_wrote_down_is_unknown(comparison):
     card = protocol_of(comparison, {})
     fields = ("guidance", "steps", "sampler", "vae", "seed", "network", "rounding", "conditional")
+    fields = (*fields, "classes")
     assert {getattr(card, name) for name in fields} == {UNKNOWN}
 
 
@@ -90,6 +93,7 @@ def test_pixels_have_no_autoencoder(comparison):
     assert card.vae.startswith("none")
     assert card.vae_scaling is None
     assert card.conditional is False
+    assert card.classes is None
 
 
 class TestRecords:
@@ -128,15 +132,29 @@ class TestPublished:
             ("steps", 50, "number of steps"),
             ("sampler", "ddim", "sampler"),
             ("guided_channels", None, "first 3 of 4"),
+            ("classes", 10, "samples of some"),
+            ("vae", "stabilityai/sd-vae-ft-mse", "2.30 with sd-vae-ft-mse"),
+            ("vae", "/here/pipeline/vae", "names are compared"),
             ("reference_kind", "images", "ADM's statistics"),
             ("extractor_sha256", "0" * 64, "no FID"),
         ],
     )
     def test_each_deviation_is_named_with_both_values_and_why(self, as_published, field, ours, why):
         (found,) = compare(replace(as_published, **{field: ours}), PUBLISHED["dit"])
-        assert (found.field, str(ours)[:16]) == (field, str(found.ours))
+        assert found.field == field
+        assert found.ours == (ours[:16] if field == "extractor_sha256" else ours)
         assert why in str(found)
         assert f"{found.ours} here, {found.theirs} there" in str(found)
+
+    def test_a_copy_of_the_autoencoder_is_known_by_its_name(self, as_published):
+        for name in ("stabilityai/sd-vae-ft-ema", "/weights/sd-vae-ft-ema"):
+            assert compare(replace(as_published, vae=name), PUBLISHED["dit"]) == []
+
+    def test_the_protocol_of_10_000_samples_is_another(self, as_published):
+        theirs = {"num_samples": 10_000, "vae": "stabilityai/sd-vae-ft-mse"}
+        assert compare(replace(as_published, **theirs), PUBLISHED["ptq4dit"]) == []
+        found = compare(replace(as_published, **theirs, guidance=4.0), PUBLISHED["ptq4dit"])
+        assert [deviation.field for deviation in found] == ["guidance"]
 
     def test_other_weights_count_even_without_a_paper(self, card):
         assert [deviation.field for deviation in compare(card, None)] == ["extractor_sha256"]
@@ -147,13 +165,28 @@ class TestPublished:
         assert fitting_published(replace(as_published, conditional=UNKNOWN)) == "dit"
 
     def test_the_numbers_are_those_of_the_papers(self):
-        assert PUBLISHED["dit"].scores == {"fid": 2.27, "is": 278.24}
+        scores = {"fid": 2.27, "sfid": 4.60, "is": 278.24, "precision": 0.83, "recall": 0.57}
+        assert PUBLISHED["dit"].scores == scores
         assert PUBLISHED["ptq4dit"].scores == {"fid": 4.53}
         assert PUBLISHED["dit"].facts["num_samples"] == 50_000
         assert PUBLISHED["ptq4dit"].facts["num_samples"] == 10_000
 
 
 class TestReports:
+    @pytest.mark.parametrize(
+        ("metrics", "shape", "warned"),
+        [(["kid"], (3, 16, 16), True), (["is"], (3, 16, 16), False), (["kid"], (3, 8, 8), False)],
+    )
+    def test_sides_of_several_sizes(
+        self, comparison, make_images, tmp_path, metrics, shape, warned
+    ):
+        save_npz(tmp_path / "other.npz", make_images(9, shape=shape))
+        reference = open_reference(tmp_path / "other.npz")
+        compared = replace(comparison, metrics=metrics, reference=reference)
+        warnings = "".join(make_report(compared, Scores({}, {}), RECORD).warnings)
+        assert ("the samples are 3 x 8 x 8 and the images of" in warnings) == warned
+        assert ("3 x 16 x 16" in warnings) == warned
+
     def test_loud_warnings_and_the_published_number(self, comparison):
         report = make_report(comparison, Scores({"fid": 9.5}, {}), RECORD, "dit", ["few"], ["n"])
         block = report.warning_block()

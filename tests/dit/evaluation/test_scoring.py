@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -160,6 +162,26 @@ def test_a_failure_in_one_process_is_told_by_all(compare, run, run_together, tmp
     assert "generated.npz is damaged" in str(first)
     assert str(first).startswith("process 1 failed")
     assert "generated.npz is damaged" in str(second)
+
+
+def test_a_process_on_another_machine_must_see_the_folder(run_together, tmp_path):
+    def hold(processes):
+        if processes.rank == 1:  # its own folder of temporary files is another
+            object.__setattr__(processes, "gather", elsewhere(processes.gather))
+        with scratch_folder(None, processes):
+            raise AssertionError("went on")
+
+    def elsewhere(gather):
+        def changed(value):
+            found = gather(value)
+            return [(tmp_path / "not here", None) if isinstance(x[0], Path) else x for x in found]
+
+        return changed
+
+    first, second = run_together(2, hold)
+    assert "is not there for process 1" in str(first)
+    assert "--out" in str(second)
+    assert isinstance(second, FileNotFoundError)
 
 
 def test_together_returns_what_each_process_found(run_together):

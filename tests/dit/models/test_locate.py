@@ -6,6 +6,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from dit_qat.dit.models import dit_to_diffusers, load_dit, locate, save_dit
+from dit_qat.dit.models.hub import HTTP_ERROR
 
 COMMIT = "0" * 40
 
@@ -145,6 +146,20 @@ def test_a_repository_that_is_not_there_is_explained(monkeypatch):
     monkeypatch.setattr(locate, "hf_hub_download", fail)
     with pytest.raises(FileNotFoundError, match=r"or-/name: .*HFValidationError.*hf auth login"):
         load_dit("or-/name")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), HTTP_ERROR("timed out")])
+def test_a_download_that_breaks_off_is_no_wrong_name(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(locate, "hf_hub_download", fail)
+    with pytest.raises(
+        OSError, match=r"org/name: model\.safetensors could not .*HF_HOME"
+    ) as raised:
+        load_dit("org/name")
+    assert str(error) in str(raised.value)
+    assert "check the name" not in str(raised.value)
 
 
 def test_the_hubs_own_cache_serves_offline(tmp_path, monkeypatch, make_dit, same_state):
