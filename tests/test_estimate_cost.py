@@ -3,7 +3,7 @@
 import argparse
 
 import pytest
-from estimate_cost import bytes_per_block, estimate, forward_flops, network_of
+from estimate_cost import bytes_per_block, estimate, forward_flops, launched, network_of
 
 SIZES = {
     "input_size": 8,
@@ -27,7 +27,9 @@ def config(**model):
 
 
 def options(**given):
-    return argparse.Namespace(**({"gpus": 1, "tflops": 1.0, "qat_ratio": 1.5} | given))
+    return argparse.Namespace(
+        **({"gpus": 1, "tflops": 1.0, "qat_ratio": 1.5, "launch_us": 0.0} | given)
+    )
 
 
 def test_a_block_costs_the_flops_of_its_products():
@@ -48,6 +50,7 @@ def test_time_and_states_follow_from_the_parts():
     fixed = 64 * 16  # the position embedding is not trained
     assert plain["parameters"] == parameters - fixed
     assert plain["states_gib"] * 2**30 == 20 * plain["parameters"]
+    assert plain["checkpoint_gb"] * 1e9 == pytest.approx(16 * plain["parameters"])
     # Weights, gradient, two moments and average; the distilled one has a teacher besides.
     assert quantized["states_gib"] * 2**30 == 24 * quantized["parameters"]
     assert quantized["parameters"] > plain["parameters"]
@@ -64,6 +67,25 @@ def test_checkpointing_keeps_less_and_computes_a_forward_more():
     plain, saving = (estimate(config(gradient_checkpointing=c), options()) for c in (False, True))
     assert saving["activations_gib"] < plain["activations_gib"]
     assert saving["hours"] == pytest.approx(plain["hours"] * 4 / 3)
+
+
+def test_a_step_takes_at_least_its_launches():
+    one, eight = (estimate(config(method=ROBUQ), options(gpus=n, launch_us=5.0)) for n in (1, 8))
+    assert one["launch_bound"]
+    assert one["seconds_per_step"] == pytest.approx(one["launches_per_step"] * 5e-6)
+    assert eight["hours"] == one["hours"]  # more GPUs do not launch faster
+    assert not estimate(config(method=ROBUQ), options())["launch_bound"]
+    saving = config(method=ROBUQ, gradient_checkpointing=True)
+    assert estimate(saving, options())["launches_per_step"] > one["launches_per_step"]
+
+
+def test_launches_are_those_of_the_layers():
+    forward, backward = launched(config()["model"], quantized=False)
+    blocks = SIZES["depth"]
+    # A block has seven products at least: five linear layers, and two or one fused in attention.
+    assert forward > 6 * blocks
+    assert backward > forward
+    assert launched(config(method=ROBUQ)["model"], quantized=True)[0] > 3 * forward
 
 
 def test_blocks_keep_bytes_per_image():

@@ -49,7 +49,7 @@ def cache_latents(
         num_workers: Processes that decode pictures, per process that encodes; the bottleneck.
         device: auto, cpu, cuda, cuda:1, ...
         devices: Processes on this machine, one per device; torchrun and SLURM set their own number.
-        num_nodes: Machines, under SLURM.
+        num_nodes: Machines, where neither torchrun nor SLURM says how many.
 
     Raises:
         ValueError: for options that do not fit together, or a folder of other settings.

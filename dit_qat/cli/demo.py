@@ -16,6 +16,8 @@ RESULTS = (
     "side_by_side.png",
     "loss.png",
     "sensitivity.png",
+    "bit_map.json",
+    "bit_map.png",
     "metrics.json",
     "report.html",
 )
@@ -26,6 +28,7 @@ def demo(
     out: Path,
     bits: Literal[2, 3, 4] = 3,
     preset: Literal["paper", "exact"] = "exact",
+    ampn: bool = False,
     compare: bool = False,
     seed: int = 0,
     steps: int = 600,
@@ -42,8 +45,9 @@ def demo(
 
     Args:
         out: Folder for the results.
-        bits: Activation bits.
+        bits: Activation bits; with --ampn, on average.
         preset: RobuQ as published, or with what measured better.
+        ampn: Allocate activation bits by layer after a sixth of the steps (AMPN).
         compare: Also train the baselines bitnet_v2 and minmax.
         seed: Seed of training and sampling.
         steps: Optimizer steps of training.
@@ -56,13 +60,13 @@ def demo(
         ValueError: for numbers out of range.
         FileExistsError: if the folder holds results.
     """
-    settings = DemoSettings(bits, preset, compare, seed, steps, samples, sampling_steps, rank)
+    settings = DemoSettings(bits, preset, compare, seed, steps, samples, sampling_steps, rank, ampn)
     settings.check()
     claim(out, RESULTS, overwrite)
     metrics = run_demo(out, settings, print)
     quantized, reference = metrics["quantized"], metrics["float"]["fd_digits"]
     print(f"\n{'model':<24}{'FD-digits':>10}{'x float':>9}")
-    rows = {"float": reference, f"robuq W1.58A{bits}": quantized["fd_digits"]}
+    rows = {"float": reference, f"{quantized['method']} W1.58A{bits}": quantized["fd_digits"]}
     rows |= {name: scores["fd_digits"] for name, scores in metrics["baselines"].items()}
     for name, value in rows.items():
         print(f"{name:<24}{value:>10.2f}{value / reference:>9.2f}")

@@ -53,6 +53,10 @@ VERBS = {
     "convert": Verb(
         "Between published .pt files, ours, and diffusers' folders", "dit_qat.cli.convert"
     ),
+    "allocate": Verb(
+        "Score the layers of a checkpoint; activation bits by layer (AMPN)", "dit_qat.cli.allocate"
+    ),
+    "export": Verb("Pack a quantized checkpoint into a small folder", "dit_qat.cli.export"),
     "inspect": Verb("Layers, bits and sizes of a checkpoint or of weights", "dit_qat.cli.inspect"),
 }
 

@@ -10,6 +10,8 @@ _WARNINGS = (
     r".*your dataloader is\s+not resumable.*",
     # Said by validate and test, where the checkpoint's EMA weights are all that is wanted.
     r".*WeightAveraging callback, but loading a checkpoint outside the 'fit' stage.*",
+    # Our values are those of all processes already.
+    r".*recommended to use `self.log\('(val|test)/.*sync_dist=True.*",
     # Between Lightning and torch, out of the user's hands.
     r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",
 )

@@ -1,4 +1,4 @@
-"""``dit-qat sample``: images from a checkpoint or from float weights."""
+"""``dit-qat sample``: images from a checkpoint, a packed folder or float weights."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,8 +49,9 @@ def sample(
     Args:
         out: Folder for the results; several machines must share it.
         checkpoint: A .ckpt of dit-qat fit, whose EMA weights are used.
-        weights: Float weights instead: digits, a .safetensors file, a published .pt, a diffusers
-            folder (DiTTransformer2DModel or DiTPipeline), a hub id.
+        weights: Other weights instead: a packed folder of dit-qat export, or float ones: digits, a
+            .safetensors file, a published .pt, a diffusers folder (DiTTransformer2DModel or
+            DiTPipeline), a hub id.
         num: Number of images.
         classes: Labels, dealt out to the images in turn; all classes in turn by default.
         sampler: How to sample.
@@ -64,7 +65,7 @@ def sample(
         compile: Compile the network.
         device: auto, cpu, cuda, cuda:1, ...
         devices: Processes on this machine, one per device; torchrun and SLURM set their own number.
-        num_nodes: Machines, under SLURM.
+        num_nodes: Machines, where neither torchrun nor SLURM says how many.
         threads: CPU threads of a process without a GPU; more rounds differently, so that speed
             comes from --devices.
         overwrite: Replace the results in the folder.

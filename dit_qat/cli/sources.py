@@ -1,4 +1,4 @@
-"""The network a command is about: from a training checkpoint, or from float weights."""
+"""The network a command is about: from a training checkpoint, a packed folder or float weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,9 @@ import torch
 
 from dit_qat.dit.models import DiT, load_dit
 from dit_qat.dit.models.autoencoder import LatentSpace
+from dit_qat.dit.models.packed_source import load_packed_dit, locate_weights
 from dit_qat.dit.training.loading import load_checkpoint, read_checkpoint
+from dit_qat.export.manifest import is_packed_folder, read_manifest
 
 __all__ = ["Source", "load_network", "load_source"]
 
@@ -23,7 +25,7 @@ class Source:
     Attributes:
         network: In evaluation mode.
         name: What the user called it.
-        weights: ``ema`` of a checkpoint, or ``float``.
+        weights: ``ema`` of a checkpoint, ``packed``, or ``float``.
         step: Optimizer steps behind a checkpoint.
         latent_space: What the latents mean that a checkpoint was trained on.
     """
@@ -38,7 +40,7 @@ class Source:
 def load_source(
     checkpoint: Path | None, weights: str | None, device: torch.device | str = "cpu"
 ) -> Source:
-    """The EMA network of a checkpoint, or a float network.
+    """The EMA network of a checkpoint, a packed network, or a float network.
 
     Raises:
         ValueError: unless exactly one of the two is given; errors of the two loaders.
@@ -47,13 +49,17 @@ def load_source(
         given = "neither is" if checkpoint is None else "both are"
         raise ValueError(
             f"{given} given: name one source, --checkpoint FILE.ckpt (of dit-qat fit) or --weights "
-            "SOURCE (digits, a .safetensors file, a published .pt, a diffusers folder, a hub id)"
+            "SOURCE (digits, a packed folder of dit-qat export, a .safetensors file, a published "
+            ".pt, a diffusers folder, a hub id)"
         )
     if checkpoint is None:
         assert weights is not None
-        return Source(load_dit(weights, device).eval(), weights, "float")
+        path = locate_weights(weights)
+        if is_packed_folder(path):
+            return _load_packed(path, weights, device)
+        return Source(load_dit(path, device).eval(), weights, "float")
     content = read_checkpoint(checkpoint)
-    space = _latent_space(checkpoint, content)
+    space = _latent_space(checkpoint, content.get(_LATENTS, {}).get("latent_space"))
     network = load_checkpoint(checkpoint, device=device).network
     return Source(network, str(checkpoint), "ema", int(content["global_step"]), space)
 
@@ -63,14 +69,19 @@ def load_network(checkpoint: Path | None, weights: str | None, device: torch.dev
     return load_source(checkpoint, weights, device).network
 
 
-def _latent_space(checkpoint: Path, content: Mapping[str, Any]) -> LatentSpace | None:
-    saved = content.get(_LATENTS, {}).get("latent_space")
+def _load_packed(folder: Path, name: str, device: torch.device | str) -> Source:
+    provenance = read_manifest(folder).provenance
+    space, step = _latent_space(folder, provenance.get("latent_space")), provenance.get("step")
+    return Source(load_packed_dit(folder, device), name, "packed", step, space)
+
+
+def _latent_space(source: Path, saved: Mapping[str, Any] | None) -> LatentSpace | None:
     if saved is None:
         return None
     try:
         return LatentSpace(**saved)
     except TypeError as error:
         raise ValueError(
-            f"{checkpoint} describes its latents in another way ({error}); load it with the "
+            f"{source} describes its latents in another way ({error}); load it with the "
             "version of dit_qat that wrote it"
         ) from error

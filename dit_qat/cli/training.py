@@ -1,6 +1,7 @@
 """``dit-qat fit | validate | test``: LightningCLI with our module, callbacks and defaults."""
 
 import os
+import subprocess
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,27 +15,32 @@ from pytorch_lightning.cli import (
     SaveConfigCallback,
 )
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
 
-from dit_qat.cli.checkpoint import check_fits, step_of
+from dit_qat.cli.checkpoint import check_fits, check_goes_on, step_of
 from dit_qat.cli.quiet import silence_worker_advice
 from dit_qat.cli.verbs import spell_out
 from dit_qat.dit.data import Digits
 from dit_qat.dit.training import (
     EMA,
+    BitAllocation,
     Checkpoints,
     DiTTraining,
     OnlineMetrics,
     QuantStatistics,
     SampleGrids,
     Throughput,
+    last_checkpoint,
 )
 from dit_qat.dit.training.runs import check_run, claim_run, read_metrics, resume_path
+from dit_qat.dit.training.slurm import is_restarted
 from dit_qat.export.files import locked, write_json
 
 __all__ = ["TrainingCLI", "run_training"]
 
 _SEED_LIMIT = 2**32
+_GRACE = 5.0  # seconds that processes get to end by themselves, and to say why
 
 
 class SaveConfig(SaveConfigCallback):
@@ -52,6 +58,7 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with ExitStack() as self.held:  # Lightning's constructor does the whole run
+            self.held.push(self._end_others)
             super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -68,6 +75,7 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(QuantStatistics, "statistics")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(OnlineMetrics, "online")
+        parser.add_lightning_class_args(BitAllocation, "allocation")
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="Replace the results of an earlier run."
         )
@@ -89,6 +97,8 @@ class TrainingCLI(LightningCLI):
                 "not epochs; set trainer.max_steps to at least 1"
             )
         root = Path(config.trainer.default_root_dir)
+        if self.subcommand == "fit" and is_restarted():
+            self._go_on(config, root)
         inside = False
         if config.ckpt_path is not None:
             path = resume_path(config.ckpt_path, root)
@@ -102,6 +112,27 @@ class TrainingCLI(LightningCLI):
         if self.subcommand != "fit":
             read_metrics(root / "metrics.json")  # refused now, rather than after the work
 
+    def _go_on(self, config: Any, root: Path) -> None:
+        """Where a cluster gave the command a second time, its first time left the results."""
+        if last_checkpoint(root).is_file():
+            config.ckpt_path = "last"
+        else:
+            config.overwrite = True
+
+    def _end_others(self, kind: type[BaseException] | None, *_: object) -> None:
+        """When the first process fails, end those that it started: they may wait for it forever."""
+        trainer = getattr(self, "trainer", None)
+        launcher = None if trainer is None else trainer.strategy.launcher
+        if kind is None or not isinstance(launcher, _SubprocessScriptLauncher):
+            return
+        deadline = time.monotonic() + _GRACE
+        for process in launcher.procs:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
     def instantiate_classes(self) -> None:
         """Build everything; only when that went well, old results make room for new ones."""
         super().instantiate_classes()
@@ -109,7 +140,10 @@ class TrainingCLI(LightningCLI):
             silence_worker_advice()
         config = self.config[self.subcommand]
         if config.ckpt_path is not None:
-            check_fits(Path(config.ckpt_path), self.model.hparams, self.subcommand == "fit")
+            path, continues = Path(config.ckpt_path), self.subcommand == "fit"
+            check_fits(path, self.model.hparams, continues)
+            if continues:
+                check_goes_on(path, self.trainer)
         root = Path(config.trainer.default_root_dir)
         # The other processes of a run find the folder of the first one claimed, and rightly so.
         if self.trainer.is_global_zero and self.subcommand == "fit":

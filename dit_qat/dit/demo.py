@@ -15,7 +15,7 @@ from dit_qat.dit.data import digit_images
 from dit_qat.dit.evaluation.images import image_grid, save_png
 from dit_qat.dit.evaluation.sensitivity import Sensitivity, layer_sensitivity
 from dit_qat.dit.experiment import Curve, Recipe, Scored, digits_sampler, score, train_quantized
-from dit_qat.dit.methods import BitNetV2, Method, MinMax, RobuQ
+from dit_qat.dit.methods import AMPN, BitNetV2, Method, MinMax, RobuQ
 from dit_qat.dit.models import load_dit
 from dit_qat.dit.report import (
     Comparison,
@@ -27,6 +27,8 @@ from dit_qat.dit.report import (
     write_report,
 )
 from dit_qat.dit.sampling import SamplerConfig
+from dit_qat.dit.training.allocation import BIT_MAP, PICTURE
+from dit_qat.dit.training.bit_maps import read_bit_map
 from dit_qat.export.files import write_json, written_whole
 from dit_qat.export.inspect import describe
 from dit_qat.layers import quantize_
@@ -42,7 +44,7 @@ class DemoSettings:
     """What the demo runs.
 
     Attributes:
-        bits: Activation bits of the block linears.
+        bits: Activation bits of the block linears; on average, with ``ampn``.
         preset: Preset of RobuQ.
         compare: Train the baselines as well.
         seed: Seed of training and sampling.
@@ -50,6 +52,7 @@ class DemoSettings:
         samples: Images to score; scores compare only at equal numbers.
         sampling_steps: DDIM steps.
         rank: Rank of the low-rank branches (16 for DiT-XL/2; these layers are 128 wide).
+        ampn: Allocate bits by layer after a warm-up.
     """
 
     bits: int = 3
@@ -60,10 +63,25 @@ class DemoSettings:
     samples: int = 1797
     sampling_steps: int = 50
     rank: int = 4
+    ampn: bool = False
+
+    @property
+    def name(self) -> str:
+        """Bits, in words."""
+        average = " on average, allocated after a warm-up" if self.ampn else ""
+        return f"W1.58A{self.bits}{average}"
 
     def method(self) -> RobuQ:
-        """RobuQ under these settings."""
-        return RobuQ(preset=self.preset, activation_bits=self.bits, rank=self.rank)
+        """RobuQ under these settings; AMPN spends a sixth of the steps on its warm-up."""
+        if not self.ampn:
+            return RobuQ(preset=self.preset, activation_bits=self.bits, rank=self.rank)
+        return AMPN(
+            preset=self.preset,
+            average_bits=self.bits,
+            rank=self.rank,
+            warmup_steps=max(1, self.steps // 6),
+            score="local_gradient",
+        )
 
     def check(self) -> None:
         """Refuse what could only fail after minutes of work.
@@ -71,21 +89,25 @@ class DemoSettings:
         Raises:
             ValueError: for numbers out of range.
         """
-        if self.steps < 1 or self.samples < 4:
+        least = 2 if self.ampn else 1
+        if self.steps < least or self.samples < 4:
             raise ValueError(
-                f"steps={self.steps}, samples={self.samples}: train at least 1 step and score at "
-                "least 4 images"
+                f"steps={self.steps}, samples={self.samples}: train at least {least} steps"
+                f"{' (one is the warm-up)' if self.ampn else ''} and score at least 4 images"
             )
         digits_sampler(self.seed, self.sampling_steps)
         quantize_(load_dit("digits"), self.method().quant_config(), initialize=False)
 
 
-def baselines(bits: int, rank: int) -> dict[str, Method]:
-    """The two recipes that RobuQ builds on, at the same bits."""
-    return {
-        "bitnet_v2": BitNetV2(activation_bits=bits),
-        "minmax": MinMax(activation_bits=bits, rank=rank),
-    }
+def baselines(settings: DemoSettings) -> dict[str, Method]:
+    """The two recipes that RobuQ builds on, at the same bits; before them, RobuQ beside AMPN."""
+    bits, rank = settings.bits, settings.rank
+    found: dict[str, Method] = {}
+    if settings.ampn:
+        found["robuq"] = RobuQ(preset=settings.preset, activation_bits=bits, rank=rank)
+    found["bitnet_v2"] = BitNetV2(activation_bits=bits)
+    found["minmax"] = MinMax(activation_bits=bits, rank=rank)
+    return found
 
 
 def run_demo(
@@ -105,22 +127,21 @@ def run_demo(
     started = time.perf_counter()
     sampler = digits_sampler(settings.seed, settings.sampling_steps)
     recipe = Recipe(steps=settings.steps)
-    teacher = load_dit("digits").eval()
     method = settings.method()
-    say(f"1/4 training {settings.steps} steps at W1.58A{settings.bits} ({settings.preset} preset)")
+    say(f"1/4 training {settings.steps} steps at {settings.name} ({settings.preset} preset)")
     module, curve = train_quantized(method, recipe, settings.seed, out, progress)
     say(f"2/4 sampling {settings.samples} images from the float and the quantized model")
-    scored_float = score(teacher, sampler, settings.samples, progress)
+    scored_float = score(load_dit("digits").eval(), sampler, settings.samples, progress)
     scored = score(module.network, sampler, settings.samples, progress)
     say("3/4 measuring every layer's sensitivity to its activation bits")
     images, labels = digit_images()
     sensitivity = layer_sensitivity(
         module.network, images[:16], labels[:16], _SENSITIVITY_BITS, settings.seed, timesteps=4
     )
-    curves: dict[str, Curve] = {"robuq": curve}
+    curves: dict[str, Curve] = {method.name: curve}
     others: dict[str, Scored] = {}
     if settings.compare:
-        for name, baseline in baselines(settings.bits, settings.rank).items():
+        for name, baseline in baselines(settings).items():
             say(f"    baseline {name}: training and sampling")
             other, curves[name] = train_quantized(
                 baseline, recipe, settings.seed, out / "baselines" / name, progress
@@ -137,6 +158,7 @@ def run_demo(
             "average_bits": model.average_activation_bits,
             "effective_weight_bits": model.effective_weight_bits,
             **scored.scores,
+            **({"bit_map": read_bit_map(out / BIT_MAP).by_layer} if settings.ampn else {}),
         },
         "baselines": {name: other.scores for name, other in others.items()},
         "packed": None,
@@ -177,15 +199,15 @@ def _write_page(
     out: Path, settings: DemoSettings, metrics: Mapping[str, Any], sampler: SamplerConfig
 ) -> None:
     quantized = metrics["quantized"]
-    rows = [("robuq", quantized["fd_digits"])]
+    rows = [(quantized["method"], quantized["fd_digits"])]
     rows += [(name, scores["fd_digits"]) for name, scores in metrics["baselines"].items()]
     ablation = Comparison(
         tuple(ComparisonRow(name, settings.bits, (value,)) for name, value in rows),
         metrics["float"]["fd_digits"],
     )
     report = Report(
-        title=f"RobuQ on digits, W1.58A{settings.bits}",
-        method=f"robuq ({settings.preset})",
+        title=f"{'AMPN' if settings.ampn else 'RobuQ'} on digits, W1.58A{settings.bits}",
+        method=f"{quantized['method']} ({settings.preset})",
         bits=settings.bits,
         steps=settings.steps,
         seed=settings.seed,
@@ -202,6 +224,7 @@ def _write_page(
         samples=(out / "side_by_side.png").read_bytes(),
         loss=(out / "loss.png").read_bytes(),
         sensitivity=(out / "sensitivity.png").read_bytes(),
+        bit_map=(out / PICTURE).read_bytes() if settings.ampn else None,
         ablation=ablation if metrics["baselines"] else None,
     )
     write_report(out / "report.html", report)

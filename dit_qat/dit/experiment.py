@@ -20,7 +20,7 @@ from dit_qat.dit.evaluation import evaluate_digits
 from dit_qat.dit.methods import Method
 from dit_qat.dit.models import DiT, load_dit
 from dit_qat.dit.sampling import SamplerConfig, sample_images, to_uint8
-from dit_qat.dit.training import EMA, Checkpoints, DiTTraining, OptimizerConfig
+from dit_qat.dit.training import EMA, BitAllocation, Checkpoints, DiTTraining, OptimizerConfig
 
 __all__ = ["Curve", "Recipe", "Scored", "digits_sampler", "score", "train_quantized"]
 
@@ -82,7 +82,8 @@ def train_quantized(
         method: What to train.
         recipe: How long and how fast.
         seed: Seed of data order, noise, timesteps and label dropout.
-        root: Folder of the run; its checkpoint lands in ``root/checkpoints``.
+        root: Folder of the run; its checkpoint lands in ``root/checkpoints``, the bits that AMPN
+            allocates in ``root/bit_map.json``.
         progress: Show a progress bar.
 
     Returns:
@@ -102,7 +103,7 @@ def train_quantized(
             max_steps=recipe.steps,
             accelerator="cpu",
             logger=False,
-            callbacks=[EMA(recipe.ema_decay), checkpoints, curve],
+            callbacks=[EMA(recipe.ema_decay), BitAllocation(), checkpoints, curve],
             enable_progress_bar=progress,
             enable_model_summary=False,
             check_val_every_n_epoch=None,

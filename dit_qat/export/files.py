@@ -114,6 +114,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         BlockingIOError: if another process holds it.
+        OSError: if the file system cannot lock files, or the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / _LOCK, timeout=0)
@@ -123,6 +124,12 @@ def locked(folder: Path) -> Iterator[None]:
         raise BlockingIOError(
             f"another run is writing to {folder} (it holds {folder / _LOCK}); wait for it to end, "
             "or choose another folder"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        raise OSError(
+            f"{folder / _LOCK} cannot be locked ({error}), so that two runs could write there at "
+            "once; choose a folder that you may write to, on a file system with locks (for NFS: "
+            "mounted with them; for Lustre: with -o flock)"
         ) from error
     try:
         yield

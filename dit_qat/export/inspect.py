@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_qat.layers import QuantAttention, QuantLinear
+from dit_qat.layers import PackedLinear, QuantAttention, QuantLinear
 from dit_qat.primitives.formats import Ternary
 from dit_qat.primitives.hadamard import Rotation, hadamard_factors
+from dit_qat.primitives.packing import count_ternary
 
-__all__ = ["LayerDescription", "ModelDescription", "RotationDescription", "describe"]
+__all__ = ["PER_IMAGE", "LayerDescription", "ModelDescription", "RotationDescription", "describe"]
 
 PER_IMAGE = ("*adaLN_modulation*", "*t_embedder*", "*y_embedder*")
 """Layers of a diffusion transformer that see one token per image."""
@@ -51,6 +52,7 @@ class LayerDescription:
         weight_bits: Nominal bits per weight.
         activation_bits: Nominal bits of the input; 32 where it stays float.
         rank: Of the float branch; 0: none.
+        branch_bits: Of a number of that branch.
         rotation: Of the input; None: none.
         zero_fraction: Share of zeros among the ternary codes; None for float layers.
         per_image: Whether the layer sees one token per image, rather than every token.
@@ -67,6 +69,7 @@ class LayerDescription:
     weight_bits: float = _FLOAT_BITS
     activation_bits: int = _FLOAT_BITS
     rank: int = 0
+    branch_bits: int = _FLOAT_BITS
     rotation: RotationDescription | None = None
     zero_fraction: float | None = None
     per_image: bool = False
@@ -74,9 +77,10 @@ class LayerDescription:
 
     @property
     def stored_bits(self) -> float:
-        """All bits of the layer: codes, float32 scales, float32 branch, float32 bias."""
-        codes = self.parameters - self.float_parameters
-        return codes * self.weight_bits + _FLOAT_BITS * (self.scales + self.float_parameters)
+        """All bits of the layer: codes, branch, float32 scales and float32 bias."""
+        codes, branch = self.parameters - self.float_parameters, self.branch_parameters
+        floats = self.scales + self.float_parameters - branch
+        return codes * self.weight_bits + branch * self.branch_bits + floats * _FLOAT_BITS
 
     @property
     def branch_parameters(self) -> int:
@@ -86,7 +90,7 @@ class LayerDescription:
     @property
     def effective_weight_bits(self) -> float:
         """Codes, scales and branch, in bits per weight; the bias is no part of the weight."""
-        side = _FLOAT_BITS * (self.scales + self.branch_parameters)
+        side = _FLOAT_BITS * self.scales + self.branch_bits * self.branch_parameters
         return self.weight_bits + side / self.weights
 
     @property
@@ -130,7 +134,7 @@ class ModelDescription:
 
     @property
     def effective_weight_bits(self) -> float:
-        """As :attr:`weight_bits`, with float32 scales and float32 branches."""
+        """As :attr:`weight_bits`, with float32 scales and the branches."""
         return _mean(
             self._counted,
             lambda layer: layer.effective_weight_bits,
@@ -160,7 +164,7 @@ class ModelDescription:
 
     @property
     def packed_bytes(self) -> float:
-        """Bytes that the model would take at log2(3) bits per code and 32 per float."""
+        """Bytes at log2(3) bits per code, 32 per float, and what the branches are rounded to."""
         return sum(layer.stored_bits for layer in self.layers) / 8
 
     @property
@@ -204,7 +208,7 @@ def describe(model: nn.Module, per_image: Sequence[str] = PER_IMAGE) -> ModelDes
     """Say what a model stores and computes with.
 
     Args:
-        model: Float or quantized; not changed.
+        model: Float, quantized or packed; not changed.
         per_image: Globs over the names of layers that see one token per image; they are kept apart
             from the average of activation bits, since they cost next to nothing.
 
@@ -214,7 +218,8 @@ def describe(model: nn.Module, per_image: Sequence[str] = PER_IMAGE) -> ModelDes
     layers = tuple(
         _describe_module(name, module, any(fnmatchcase(name, glob) for glob in per_image))
         for name, module in model.named_modules()
-        if next(module.parameters(recurse=False), None) is not None
+        if isinstance(module, PackedLinear)
+        or next(module.parameters(recurse=False), None) is not None
     )
     if not layers:
         raise ValueError(f"{type(model).__name__} has no parameters to describe")
@@ -227,8 +232,15 @@ def describe(model: nn.Module, per_image: Sequence[str] = PER_IMAGE) -> ModelDes
 
 
 def _describe_module(name: str, module: nn.Module, per_image: bool) -> LayerDescription:
+    if isinstance(module, PackedLinear):
+        counts = count_ternary(module.codes, module.in_features)
+        zeros = counts[1] / sum(counts)
+        return _describe_ternary(name, module, module.scale.numel(), zeros, per_image)
     if isinstance(module, QuantLinear):
-        return _describe_ternary(name, module, per_image)
+        with torch.no_grad():
+            codes, scale = module.config.weight.quantize(module.weight)
+        zeros = float((codes == 0).double().mean())
+        return _describe_ternary(name, module, scale.numel(), zeros, per_image)
     own = dict(module.named_parameters(recurse=False))
     weight = own.get("weight", max(own.values(), key=lambda parameter: parameter.numel()))
     count = sum(parameter.numel() for parameter in own.values())
@@ -243,24 +255,28 @@ def _describe_module(name: str, module: nn.Module, per_image: bool) -> LayerDesc
     )
 
 
-@torch.no_grad()
-def _describe_ternary(name: str, layer: QuantLinear, per_image: bool) -> LayerDescription:
-    codes, scale = layer.config.weight.quantize(layer.weight)
-    weights, activation = layer.weight.numel(), layer.config.activation
-    count = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+def _describe_ternary(
+    name: str, layer: QuantLinear | PackedLinear, scales: int, zeros: float, per_image: bool
+) -> LayerDescription:
+    weights, activation = layer.out_features * layer.in_features, layer.config.activation
+    low_rank = layer.config.low_rank
+    rank = 0 if low_rank is None else low_rank.rank
+    floats = rank * (layer.out_features + layer.in_features)
+    floats += 0 if layer.bias is None else layer.out_features
     return LayerDescription(
         name=name,
         kind="ternary",
-        shape=tuple(layer.weight.shape),
+        shape=(layer.out_features, layer.in_features),
         weights=weights,
-        parameters=count,
-        float_parameters=count - weights,
-        scales=scale.numel(),
+        parameters=weights + floats,
+        float_parameters=floats,
+        scales=scales,
         weight_bits=Ternary().bits,
         activation_bits=_FLOAT_BITS if activation is None else activation.bits,
-        rank=0 if layer.config.low_rank is None else layer.config.low_rank.rank,
+        rank=rank,
+        branch_bits=_FLOAT_BITS if low_rank is None else 8 * low_rank.torch_dtype.itemsize,
         rotation=_describe_rotation(layer.rotation),
-        zero_fraction=float((codes == 0).double().mean()),
+        zero_fraction=zeros,
         per_image=per_image,
         quantized=True,
     )

@@ -15,6 +15,7 @@ from dit_qat.layers.linear import (
     QuantLinear,
     TernaryWeight,
 )
+from dit_qat.layers.packed import PackedLinear
 from dit_qat.layers.rules import QuantConfig, Rule
 from dit_qat.layers.swap import quantize_
 
@@ -27,6 +28,7 @@ __all__ = [
     "LayerConfig",
     "LowRank",
     "MinMaxQuantizer",
+    "PackedLinear",
     "QuantAttention",
     "QuantConfig",
     "QuantLinear",

@@ -1,7 +1,8 @@
 """QuantLinear: rotate, quantize the activation, ternary residual plus low-rank branch plus bias."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,22 @@ from dit_qat.layers.ternary_matmul import TernaryWeight, ternary_matmul
 from dit_qat.primitives.hadamard import Rotation
 from dit_qat.primitives.lowrank import split_alternating, split_svd
 from dit_qat.primitives.scales import widen
+from dit_qat.primitives.ste import straight_through
 
-__all__ = ["HadamardRotation", "LayerConfig", "LowRank", "QuantLinear", "TernaryWeight"]
+__all__ = [
+    "BranchDtype",
+    "HadamardRotation",
+    "LayerConfig",
+    "LowRank",
+    "QuantLinear",
+    "TernaryWeight",
+    "marker",
+    "refuse_other_marker",
+]
 
 FORMAT = "dit_qat.quant_linear.1"
+
+BranchDtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -43,23 +56,42 @@ class LowRank:
         rank: 1 .. min(out, in).
         start: ``svd`` of the rotated weight (the paper's), or ``alternating`` with the ternary fit.
         iterations: Rounds of the alternating start.
+        dtype: What the factors are rounded to, in training as in a packed model; ``float32`` leaves
+            them as they are.
     """
 
     rank: int = 16
     start: Literal["svd", "alternating"] = "svd"
     iterations: int = 5
+    dtype: BranchDtype = "float32"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} is below 1; use low_rank=None for no branch")
         if self.start not in ("svd", "alternating"):
             raise ValueError(f"start={self.start!r} is unknown; use svd or alternating")
+        if self.dtype not in get_args(BranchDtype):
+            raise ValueError(f"dtype={self.dtype!r} is unknown; use one of {get_args(BranchDtype)}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What the factors are stored in."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     def split(self, weight: Tensor, ternary: TernaryWeight) -> tuple[Tensor, Tensor]:
-        """Factors A (out, rank) and B (rank, in)."""
+        """Factors A (out, rank) and B (rank, in), rounded, so that the residual makes up for it."""
         if self.start == "svd":
-            return split_svd(weight, self.rank)
-        return split_alternating(weight, self.rank, ternary.fake_quantize, self.iterations)
+            up, down = split_svd(weight, self.rank)
+        else:
+            up, down = split_alternating(weight, self.rank, ternary.fake_quantize, self.iterations)
+        return self.round(up), self.round(down)
+
+    def round(self, factor: Tensor) -> Tensor:
+        """The values that a factor computes with, in its own dtype; straight-through gradient."""
+        if self.dtype == "float32":
+            return factor
+        return straight_through(factor, factor.detach().to(self.torch_dtype).to(factor.dtype))
 
 
 @dataclass(frozen=True)
@@ -125,12 +157,22 @@ class QuantLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.rotation is not None:
             x = self.rotation.apply(x)
-        addend = None
-        if self.low_rank_up is not None and self.low_rank_down is not None:
-            addend = F.linear(F.linear(x, self.low_rank_down), self.low_rank_up, self.bias)
+        addend, branch = None, self._branch()
+        if branch is not None:
+            up, down = branch
+            addend = F.linear(F.linear(x, down), up, self.bias)
         elif self.bias is not None:
             addend = self.bias.expand(*x.shape[:-1], -1)
         return ternary_matmul(x, self.weight, self.config.activation, self.config.weight, addend)
+
+    def _branch(self) -> tuple[Tensor, Tensor] | None:
+        """The factors A and B as they compute."""
+        if self.low_rank_up is None or self.low_rank_down is None:
+            return None
+        assert self.config.low_rank is not None
+        return self.config.low_rank.round(self.low_rank_up), self.config.low_rank.round(
+            self.low_rank_down
+        )
 
     @classmethod
     def from_float(cls, linear: nn.Linear, config: LayerConfig, seed: int = 0) -> "QuantLinear":
@@ -172,8 +214,9 @@ class QuantLinear(nn.Module):
         with torch.no_grad():
             weight = self.weight.detach()
             weight = widen(self.config.weight.fake_quantize(weight) if quantized else weight)
-            if self.low_rank_up is not None and self.low_rank_down is not None:
-                weight = weight + widen(self.low_rank_up) @ widen(self.low_rank_down)
+            branch = self._branch()
+            if branch is not None:
+                weight = weight + widen(branch[0]) @ widen(branch[1])
             if self.rotation is not None:
                 weight = self.rotation.inverse(weight)
             linear = nn.Linear(
@@ -189,26 +232,11 @@ class QuantLinear(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Format marker: plain types that say how the tensors are to be read."""
-        activation = self.config.activation
-        return {
-            "format": FORMAT,
-            "seed": self.seed,
-            **asdict(self.config),
-            "activation_kind": None if activation is None else type(activation).__name__,
-        }
+        return marker(FORMAT, self.config, self.seed)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Refuse tensors that were written under another configuration."""
-        own = self.get_extra_state()
-        differing = sorted(key for key in own | state if own.get(key) != state.get(key))
-        if differing:
-            detail = "; ".join(
-                f"{k}: {state.get(k)!r} saved, {own.get(k)!r} here" for k in differing
-            )
-            raise ValueError(
-                f"quantized layer saved under another configuration ({detail}); "
-                "build the model from the configuration of the checkpoint"
-            )
+        refuse_other_marker(self.get_extra_state(), state)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -230,4 +258,28 @@ class QuantLinear(nn.Module):
             f"activation={activation}, rank="
             f"{0 if self.config.low_rank is None else self.config.low_rank.rank}, "
             f"rotation={self.rotation}"
+        )
+
+
+def marker(format: str, config: LayerConfig, seed: int) -> dict[str, Any]:
+    """Plain types that say how a layer's tensors are to be read, for its extra state."""
+    activation, plain = config.activation, asdict(config)
+    if config.low_rank is not None and config.low_rank.dtype == "float32":
+        del plain["low_rank"]["dtype"]  # which checkpoints from before this setting lack
+    kind = None if activation is None else type(activation).__name__
+    return {"format": format, "seed": seed, **plain, "activation_kind": kind}
+
+
+def refuse_other_marker(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Compare what is saved with what is here.
+
+    Raises:
+        ValueError: if they differ, with both values of what differs.
+    """
+    differing = sorted(key for key in {**own, **saved} if own.get(key) != saved.get(key))
+    if differing:
+        detail = "; ".join(f"{k}: {saved.get(k)!r} saved, {own.get(k)!r} here" for k in differing)
+        raise ValueError(
+            f"quantized layer saved under another configuration ({detail}); "
+            "build the model from the configuration of the checkpoint"
         )

@@ -18,7 +18,8 @@ def test_demo_leaves_everything_and_does_not_overwrite(
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--bits", "2", "--seed", "3", *SHORT]) == 0
     printed = capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == set(RESULTS) - {"baselines"}
+    left_out = {"baselines", "bit_map.json", "bit_map.png"}
+    assert {path.name for path in out.iterdir()} == set(RESULTS) - left_out
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["packed"] is None
     assert metrics["baselines"] == {}
@@ -38,11 +39,29 @@ def test_demo_leaves_everything_and_does_not_overwrite(
     assert (out / "metrics.json").read_bytes() == before
 
 
+@pytest.mark.filterwarnings("ignore:FD-digits from")
+def test_ampn_leaves_its_map_and_shows_it(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--bits", "2", "--ampn", *SHORT]) == 0
+    assert {path.name for path in out.iterdir()} == set(RESULTS) - {"baselines"}
+    metrics = json.loads((out / "metrics.json").read_text())
+    saved = json.loads((out / "bit_map.json").read_text())
+    quantized = metrics["quantized"]
+    assert quantized["method"] == "ampn"
+    assert quantized["average_bits"] == saved["average_bits"] <= 2
+    assert quantized["bit_map"] == {row["name"]: row["bits"] for row in saved["layers"]}
+    report = (out / "report.html").read_text()
+    assert "AMPN on digits" in report
+    assert f"Bit map, {saved['average_bits']:.3f} bits on average" in report
+    assert report.count("data:image/png;base64,") == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--bits", "5"], "5"),
         (["--steps", "0"], "steps=0"),
+        (["--steps", "1", "--ampn"], "at least 2 steps"),
         (["--samples", "3"], "samples=3"),
         (["--rank", "4000"], "rank=4000"),
         (["--preset", "best"], "best"),

@@ -11,8 +11,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from pytorch_lightning.strategies import FSDPStrategy
 
 from dit_qat import LayerConfig, Rule, quantize_
+from dit_qat.cli.checkpoint import check_goes_on
 from dit_qat.cli.main import main
 from dit_qat.dit.data import Digits
 from dit_qat.dit.models import DiT, save_dit
@@ -277,6 +279,29 @@ class TestRefusals:
         options = ["--ckpt_path", path, "--trainer.max_steps", 7]
         with pytest.warns(UserWarning, match=r"lr_float=0\.001 saved, 0\.5 conf.*go on as saved"):
             assert fit(config, tmp_path, *options, "--model.optimizer.lr_float", 0.5) == 0
+
+    def test_averaged_weights_without_their_callback(self, refused_fit, float_run):
+        path = float_run / "checkpoints" / "last.ckpt"
+        message = refused_fit("--ckpt_path", path, "--ema.enabled", "false")
+        assert "holds averaged weights" in message
+        assert "leave EMA enabled" in message
+
+    def test_whole_optimizer_state_for_sharded_weights(self, config, tmp_path):
+        options = ("--trainer.max_steps", 1, "--ema.enabled", "false")
+        assert fit(config, tmp_path, *options) == 0
+
+        class Trainer:
+            strategy = FSDPStrategy.__new__(FSDPStrategy)
+            callbacks = ()
+
+        path = tmp_path / "checkpoints" / "last.ckpt"
+        with pytest.raises(ValueError, match=r"did not shard its weights.*strategy=ddp"):
+            check_goes_on(path, Trainer())
+        content = torch.load(path, weights_only=True)
+        state = content["optimizer_states"][0]["state"]
+        content["optimizer_states"][0]["state"] = {n + 1: value for n, value in state.items()}
+        torch.save(content, path)
+        check_goes_on(path, Trainer())
 
     def test_foreign_checkpoint(self, refused_fit, tmp_path):
         path = tmp_path / "other.ckpt"

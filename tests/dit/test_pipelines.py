@@ -4,13 +4,17 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
+from dit_qat import load_quantized, quantize_
 from dit_qat.dit.convert import convert_checkpoint
+from dit_qat.dit.exporting import export_network
+from dit_qat.dit.methods import RobuQ
 from dit_qat.dit.models import load_dit, save_dit
 from dit_qat.dit.models.autoencoder import load_autoencoder
-from dit_qat.dit.pipelines import pipeline_scheduler
+from dit_qat.dit.pipelines import packed_pipeline, pipeline_scheduler
 from dit_qat.dit.randomness import generator_for
 from dit_qat.dit.sampling import SamplerConfig, sample_images
 from dit_qat.dit.training import DiTTraining
+from dit_qat.layers import PackedLinear
 
 
 @pytest.fixture
@@ -163,3 +167,59 @@ def test_an_autoencoder_that_is_not_there_is_named(convert, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         convert(vae=str(tmp_path / "nowhere"))
     assert not (tmp_path / "pipeline").exists()
+
+
+@pytest.fixture
+def packed(tmp_path, make_dit):
+    """A packed folder of a latent DiT of 1,000 classes, in the original's convention."""
+    network = make_dit(in_channels=4, hidden_size=32, num_classes=1000, timestep_shift=0)
+    method = RobuQ(activation_bits=4, rank=2)
+    export_network(quantize_(network, method.quant_config()), tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_the_pipeline_draws_our_images_from_packed_weights(packed, save_vae, guidance):
+    vae = save_vae()
+    pipeline = packed_pipeline(packed, vae)
+    pipeline.set_progress_bar_config(disable=True)
+    labels = [3, 207, 999]
+    drawn = pipeline(
+        labels,
+        guidance_scale=guidance,
+        generator=[generator_for(7, "image", i) for i in range(3)],
+        num_inference_steps=5,
+        output_type="pt",
+    ).images
+    network = load_quantized(packed)
+    config = SamplerConfig(
+        steps=5, guidance=guidance, guided_channels=None, spacing="leading", batch_size=3, seed=7
+    )
+    [(_, latents)] = sample_images(network, config, range(3), labels)
+    expected = (load_autoencoder(vae).decode(latents) / 2 + 0.5).clamp(0, 1)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
+    assert any(isinstance(m, PackedLinear) for m in pipeline.transformer.modules())
+
+
+def test_a_packed_pipeline_takes_the_names_of_classes_along(packed, convert, tmp_path):
+    convert()
+    pipeline = packed_pipeline(packed, str(tmp_path / "pipeline"))
+    assert pipeline.get_label_ids(["207"]) == [207]
+
+
+def test_a_packed_pipeline_needs_the_autoencoder_of_the_training(tmp_path, make_dit, save_vae):
+    network = make_dit(in_channels=4, hidden_size=32, num_classes=1000)
+    quantize_(network, RobuQ(activation_bits=4, rank=2).quant_config())
+    space = {"source": "sd-vae-ft-ema", "sha256": "ab" * 32}
+    export_network(network, tmp_path / "packed", provenance={"latent_space": space})
+    with pytest.raises(ValueError, match=r"trained with, sd-vae-ft-ema .*abab.*give that one"):
+        packed_pipeline(tmp_path / "packed", save_vae())
+
+
+def test_a_packed_pipeline_needs_a_thousand_classes(tmp_path, make_dit, save_vae):
+    network = make_dit(in_channels=4, hidden_size=32, num_classes=10)
+    quantize_(network, RobuQ(activation_bits=4, rank=2).quant_config())
+    export_network(network, tmp_path / "packed")
+    with pytest.raises(ValueError, match=r"num_classes=10: .*hard-codes 1000"):
+        packed_pipeline(tmp_path / "packed", save_vae())

@@ -1,5 +1,6 @@
 """Files written whole, folders claimed."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from dit_qat.export.files import (
     check_folder,
@@ -103,3 +105,13 @@ def test_a_killed_writer_leaves_no_lock(tmp_path):
     assert (tmp_path / ".lock").exists()
     with locked(tmp_path):
         pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def acquire(self):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    message = r"\.lock cannot be locked .*No locks available.*NFS"
+    with pytest.raises(OSError, match=message), locked(tmp_path):
+        pytest.fail("nobody is kept out")

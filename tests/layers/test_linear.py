@@ -272,3 +272,43 @@ def test_its_line_in_a_printed_model() -> None:
     assert "in_features=96, out_features=48, bias=True, weight=absmean ternary" in line
     assert "RobustQuantizer(bits=4" in line
     assert "rank=4" in line
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_16_bit_branch_computes_rounded_and_trains_its_float_factors(dtype: Any) -> None:
+    config = LayerConfig(activation=None, low_rank=LowRank(4, dtype=dtype))
+    layer, x = QuantLinear.from_float(float_layer(), config), normal(7, 96)
+    assert layer.low_rank_up is not None
+    assert layer.low_rank_down is not None
+    with torch.no_grad():
+        layer.low_rank_up.mul_(1.003)  # off the 16-bit grid, as training leaves it
+    rounded = copy.deepcopy(layer)
+    assert rounded.low_rank_up is not None
+    with torch.no_grad():
+        rounded.low_rank_up.copy_(layer.low_rank_up.to(getattr(torch, dtype)))
+    assert not torch.equal(rounded.low_rank_up, layer.low_rank_up)
+    assert torch.equal(layer(x), rounded(x))
+    layer(x).square().sum().backward()
+    rounded(x).square().sum().backward()
+    assert layer.low_rank_up.grad is not None
+    assert torch.equal(layer.low_rank_up.grad, rounded.low_rank_up.grad)
+    assert layer.to_float().weight.equal(rounded.to_float().weight)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_residual_makes_up_for_the_rounding_of_the_branch(dtype: Any) -> None:
+    linear = float_layer(dtype=torch.float64)
+    layer = QuantLinear.from_float(linear, LayerConfig(low_rank=LowRank(4, dtype=dtype)))
+    assert (layer.to_float().weight - linear.weight).abs().max() < 1e-12
+
+
+def test_markers_from_before_the_branch_had_a_dtype() -> None:
+    layer = QuantLinear.from_float(float_layer(), LayerConfig(low_rank=LowRank(4)))
+    old = layer.get_extra_state()
+    assert old["low_rank"] == {"rank": 4, "start": "svd", "iterations": 5}
+    layer.set_extra_state(old)
+    other = QuantLinear(96, 48, config=LayerConfig(low_rank=LowRank(4, dtype="float16")))
+    with pytest.raises(ValueError, match=r"low_rank: .* saved, .*'dtype': 'float16'"):
+        other.set_extra_state(old)
+    with pytest.raises(ValueError, match="dtype='float8' is unknown"):
+        LowRank(4, dtype="float8")  # type: ignore[arg-type]

@@ -23,9 +23,9 @@ from dit_qat.dit.convert.formats import FORMATS, CheckpointFormat, Content, Form
 from dit_qat.dit.convert.opening import Opened, open_source
 from dit_qat.dit.convert.place import RECORD, check_place, sidecar
 from dit_qat.dit.models.dit import DiT
-from dit_qat.dit.models.folders import writing, written_folder
 from dit_qat.dit.models.published import Weights
 from dit_qat.export.files import write_json, written_whole
+from dit_qat.export.folders import writing, written_folder
 from dit_qat.layers import QuantAttention, QuantLinear
 from dit_qat.layers.swap import to_float_
 

@@ -74,8 +74,6 @@ def write_cache(out: Path, job: CacheJob, processes: Processes, progress: bool =
         OSError: if there is not enough space; finished shards stay.
     """
     with ExitStack() as held:
-        if processes.is_zero:
-            _check_folder(out)
         processes.together(lambda: _lock(out, held) if processes.is_zero else None)
         shards = dict(enumerate(job.shards))
         mine = list(shards)[processes.rank :: processes.world_size]
@@ -99,12 +97,9 @@ def _merged(parts: Sequence[dict[int, Shard]]) -> dict[int, Shard]:
     return {number: shard for part in parts for number, shard in part.items()}
 
 
-def _check_folder(out: Path) -> None:
+def _lock(out: Path, held: ExitStack) -> None:
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; choose another folder")
-
-
-def _lock(out: Path, held: ExitStack) -> None:
     held.enter_context(locked(out))
 
 

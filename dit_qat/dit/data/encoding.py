@@ -33,7 +33,7 @@ def encode_shards(
     Raises:
         BrokenPictureError: naming a picture that cannot be decoded and is not to be skipped.
         ValueError: if moments are not finite, or the GPU's memory does not hold a batch.
-        OSError: if a shard cannot be written.
+        OSError: if a shard cannot be written, or the file of a picture cannot be read.
     """
     pictures = sum(len(job.shards[number]) for number in shards)
     written = {}
@@ -57,6 +57,7 @@ class _Batch(NamedTuple):
     images: Tensor
     kept: list[int]
     broken: list[str]
+    unread: str | None = None
 
 
 class _Batches:
@@ -82,9 +83,11 @@ class _Batches:
             try:
                 images[len(kept)] = image_of(self.pictures, index, self.size)
                 kept.append(index)
+            # As text: an error from a loader process arrives with its traceback for a message.
             except BrokenPictureError as error:
-                # As text: an error from a loader process arrives with its traceback for a message.
                 broken.append(str(error))
+            except OSError as error:
+                return _Batch(images[:0], [], [], str(error))
         return _Batch(images[: len(kept)], kept, broken)
 
 
@@ -113,6 +116,8 @@ def _moments(
     kept: list[int] = []
     broken: list[str] = []
     for batch in batches:
+        if batch.unread is not None:
+            raise OSError(batch.unread)
         if batch.broken and not job.skip_broken:
             raise BrokenPictureError(
                 f"{batch.broken[0]}; replace the file, or pass --skip_broken true to leave such "

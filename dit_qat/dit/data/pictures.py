@@ -66,10 +66,16 @@ class Pictures(ABC):
 
         Raises:
             BrokenPictureError: naming the picture.
+            OSError: naming it too, if it could not be read at all, which says nothing about it.
         """
         try:
             return self._read(index).convert("RGB")
         except _PIXEL_ERRORS as error:
+            if isinstance(error, OSError) and error.errno is not None:  # a decoder's have none
+                raise OSError(
+                    f"{self.name(index)}: cannot be read ({error.strerror}); see to the file or "
+                    "its disk, then run the command again"
+                ) from error
             raise BrokenPictureError(
                 f"{self.name(index)}: cannot be decoded ({str(error) or type(error).__name__})"
             ) from error
@@ -114,6 +120,7 @@ def image_of(pictures: Pictures, index: int, size: int) -> Tensor:
 
     Raises:
         BrokenPictureError: naming the picture.
+        OSError: if it could not be read at all.
     """
     pixels = np.array(center_crop(pictures.load(index), size))
     return torch.from_numpy(pixels).permute(2, 0, 1)

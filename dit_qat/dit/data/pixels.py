@@ -21,8 +21,10 @@ class _Pixels:
         self._labels = pictures.labels
 
     def load(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, S, S) in [-1, 1], and labels, zeros where there are none."""
-        images = torch.stack([image_of(self.pictures, index, self.size) for index in indices])
+        """Images (n, 3, S, S) in [-1, 1], perhaps none, and labels, zeros where there are none."""
+        images = torch.empty(len(indices), _CHANNELS, self.size, self.size, dtype=torch.uint8)
+        for image, index in zip(images, indices, strict=True):
+            image.copy_(image_of(self.pictures, index, self.size))
         labels = torch.zeros(len(indices), dtype=torch.int64)
         if self._labels is not None:
             labels = self._labels[indices]

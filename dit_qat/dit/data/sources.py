@@ -3,6 +3,7 @@
 import hashlib
 import os
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class _Files(Pictures):
         return {"root": str(self.root)}
 
     def _digest(self) -> "hashlib._Hash":
-        return hashlib.sha256("\n".join(self._paths).encode())
+        return hashlib.sha256(os.fsencode("\n".join(self._paths)))
 
     def _check_root(self) -> None:
         if not self.root.is_dir():
@@ -205,7 +206,14 @@ class HuggingFace(Pictures):
                     f"{self.path}: no column {column!r}; it has {', '.join(content.column_names)} "
                     "(image_column, label_column; label_column=null for none)"
                 )
-        return content.cast_column(self.image_column, datasets.Image())
+        try:
+            # Undecoded, for the library's decoder turns pictures by their EXIF entry.
+            return content.cast_column(self.image_column, datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise ValueError(
+                f"{self.path}: column {self.image_column!r} holds no pictures but "
+                f"{content.features[self.image_column]}; choose another image_column"
+            ) from error
 
     def _split(self, datasets: Any) -> Any:
         if not Path(self.path).is_dir():
@@ -248,8 +256,17 @@ class HuggingFace(Pictures):
         return int(self.labels.max()) + 1 if declared is None else int(declared)
 
     def _read(self, index: int) -> Image.Image:
-        picture: Image.Image = self._content[index][self.image_column]
-        return picture
+        stored = self._images[index][self.image_column]
+        if stored is None:
+            raise ValueError("the row has none")
+        content = stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"])
+        with Image.open(content) as picture:
+            picture.load()
+            return picture
+
+    @cached_property
+    def _images(self) -> Any:
+        return self._content.select_columns([self.image_column])
 
     def _described(self) -> dict[str, Any]:
         return {"path": self.path, "split": self.split, "columns": self._columns}

@@ -1,37 +1,44 @@
 """How much the model's output suffers when one layer alone gets other activation bits.
 
 AMPN (RobuQ, arXiv:2509.23582) allocates bits by such a table; its formula is not published, so the
-measure here is ours.
+measures here are ours.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from statistics import fmean
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dit_qat.dit.diffusion import NoiseSchedule
+from dit_qat.dit.evaluation.local_sensitivity import Batch, local_gradient_rows
 from dit_qat.dit.randomness import generator_for
 from dit_qat.layers import ActivationQuantizer, LayerConfig, QuantLinear
 from dit_qat.layers.statistics import normalized_error
 
 __all__ = [
     "BLOCK_LINEARS",
+    "Score",
     "Sensitivity",
     "activation_bits",
     "layer_sensitivity",
+    "output_error",
+    "quantized_linears",
 ]
 
 BLOCK_LINEARS = ("blocks.*.attn.*", "blocks.*.mlp.*")
 """qkv, proj, fc1 and fc2 of every block: the layers whose bits AMPN chooses."""
 
-_TRAINING = NoiseSchedule()
+Score = Literal["output", "local_gradient"]
+"""``output``: run the model once per layer and bits. ``local_gradient``: estimate it by a backward
+pass (see :func:`~dit_qat.dit.evaluation.local_sensitivity.local_gradient_rows`)."""
 
-Batch = tuple[Tensor, Tensor, Tensor | None]
+_TRAINING = NoiseSchedule()
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,14 +74,17 @@ def layer_sensitivity(
     timesteps: int = 8,
     *,
     layers: Sequence[str] = BLOCK_LINEARS,
+    score: Score = "output",
     reference: nn.Module | None = None,
+    reference_bits: int | None = None,
+    known: Mapping[str, Sequence[float]] | None = None,
+    on_row: Callable[[str, list[float]], None] | None = None,
     progress: bool = False,
 ) -> Sensitivity:
     """Measure S[l, b]: layer l alone at b activation bits, all others as they are.
 
-    Each entry is the mean over timesteps of ``mean((eps - eps_ref)^2) / mean(eps_ref^2)``, with eps
-    the predicted noise. Every image is noised once per timestep; the noise depends on the seed and
-    the timestep alone.
+    An entry is the mean over timesteps of ``mean((eps - eps_ref)^2) / mean(eps_ref^2)``, eps being
+    the predicted noise. Each image is noised once per timestep, by seed and timestep alone.
 
     Args:
         network: Called as ``network(x_t, t, labels)``; its noise channels come first. Every layer
@@ -85,34 +95,52 @@ def layer_sensitivity(
         seed: Seed of the noise.
         timesteps: How many, at the middles of as many equal slices of the training schedule.
         layers: Globs over the names of quantized linear layers.
+        score: How an entry is found.
         reference: Network whose output is taken as true, such as the float teacher, on the same
-            device; by default ``network`` as it stands, so that present bits have error 0.
-        progress: Whether to show a bar over layers and bits.
+            device; by default ``network`` as it stands, so that present bits have error 0, or
+        reference_bits: with all ``layers`` at these bits.
+        known: Rows by layer that are not to be measured again.
+        on_row: Called with every row that was measured, so that it can be kept.
+        progress: Whether to show a bar over layers.
 
     Raises:
-        ValueError: No bits, bits that a layer's quantizer refuses, timesteps outside 1..1000, a
-            glob that matches no quantized linear layer, a layer without activation quantizer, or a
-            reference that is not finite.
+        ValueError: No bits, or such as a quantizer refuses, timesteps outside 1..1000, a glob that
+            matches no layer with an activation quantizer, or a reference that is not finite.
     """
-    chosen = _quantized_linears(network, layers)
-    _check(bits, timesteps, chosen)
-    device = next(network.parameters()).device
-    inputs = list(_noisy_batches(images, labels, seed, timesteps, device))
-    truth = _predictions(network if reference is None else reference, inputs, images.shape[1])
-    _require_finite(truth)
-    unchanged = _error(network, inputs, truth)
-    matrix = torch.empty(len(chosen), len(bits), dtype=torch.float64)
-    with tqdm(total=matrix.numel(), desc="sensitivity", disable=not progress) as bar:
-        for row, layer in enumerate(chosen.values()):
-            for column, b in enumerate(bits):
-                if b == _quantizer(layer).bits:
-                    matrix[row, column] = unchanged
-                else:
-                    with activation_bits(layer, b):
-                        matrix[row, column] = _error(network, inputs, truth)
-                bar.update()
+    chosen = quantized_linears(network, layers)
+    _check([*bits, reference_bits or bits[0]] if bits else bits, timesteps, chosen)
+    rows = {name: list(row) for name, row in (known or {}).items() if name in chosen}
+    missing = {name: layer for name, layer in chosen.items() if name not in rows}
+    if missing:
+        device = next(network.parameters()).device
+        inputs = list(_noisy_batches(images, labels, seed, timesteps, device))
+        truth = _truth(network, chosen.values(), inputs, images.shape[1], reference, reference_bits)
+        found = _ROWS[score](network, inputs, truth, missing, bits)
+        for name, row in tqdm(found, "sensitivity", len(missing), disable=not progress):
+            rows[name] = row
+            if on_row is not None:
+                on_row(name, row)
+    matrix = torch.tensor([rows[name] for name in chosen], dtype=torch.float64)
     present, costs = _bits_and_costs(chosen.values())
     return Sensitivity(tuple(chosen), tuple(bits), matrix, present, costs)
+
+
+def output_error(
+    network: nn.Module,
+    reference: nn.Module,
+    images: Tensor,
+    labels: Tensor | None,
+    seed: int = 0,
+    timesteps: int = 8,
+) -> float:
+    """The normalised error of a network's predicted noise, as an entry of S is one.
+
+    Arguments and errors as :func:`layer_sensitivity`.
+    """
+    _check((1,), timesteps, {})
+    device = next(network.parameters()).device
+    inputs = list(_noisy_batches(images, labels, seed, timesteps, device))
+    return _error(network, inputs, _predictions(reference, inputs, images.shape[1]))
 
 
 @contextmanager
@@ -130,8 +158,14 @@ def activation_bits(layer: QuantLinear, bits: int) -> Iterator[None]:
         layer.config = before
 
 
-def _quantized_linears(network: nn.Module, patterns: Sequence[str]) -> dict[str, QuantLinear]:
-    """Layers by name, in the network's order, that match any of the globs."""
+def quantized_linears(
+    network: nn.Module, patterns: Sequence[str] = BLOCK_LINEARS
+) -> dict[str, QuantLinear]:
+    """Layers by name, in the network's order, that match any of the globs.
+
+    Raises:
+        ValueError: for a glob that matches none, or a layer without activation quantizer.
+    """
     linears = {n: m for n, m in network.named_modules() if isinstance(m, QuantLinear)}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in linears):
@@ -202,6 +236,47 @@ def _noisy_batches(
         yield x_t, t, None if labels is None else labels.to(device)
 
 
+def _truth(
+    network: nn.Module,
+    layers: Iterable[QuantLinear],
+    inputs: Sequence[Batch],
+    channels: int,
+    reference: nn.Module | None,
+    reference_bits: int | None,
+) -> list[Tensor]:
+    with ExitStack() as stack:
+        if reference is None and reference_bits is not None:
+            for layer in layers:
+                stack.enter_context(activation_bits(layer, reference_bits))
+        truth = _predictions(network if reference is None else reference, inputs, channels)
+    if not all(bool(output.isfinite().all()) for output in truth):
+        raise ValueError(
+            "the reference network's output is not finite, so no error can be measured against it; "
+            "check its weights"
+        )
+    return truth
+
+
+def _output_rows(
+    network: nn.Module,
+    inputs: Sequence[Batch],
+    truth: Sequence[Tensor],
+    layers: Mapping[str, QuantLinear],
+    bits: Sequence[int],
+) -> Iterator[tuple[str, list[float]]]:
+    """The error of the output itself: a pass over the inputs per layer and bits."""
+    unchanged = _error(network, inputs, truth)
+    for name, layer in layers.items():
+        row = []
+        for b in bits:
+            if b == _quantizer(layer).bits:
+                row.append(unchanged)
+            else:
+                with activation_bits(layer, b):
+                    row.append(_error(network, inputs, truth))
+        yield name, row
+
+
 @torch.no_grad()
 def _predictions(network: nn.Module, inputs: Iterable[Batch], channels: int) -> list[Tensor]:
     return [network(*batch)[:, :channels] for batch in inputs]
@@ -213,9 +288,4 @@ def _error(network: nn.Module, inputs: Sequence[Batch], truth: Sequence[Tensor])
     return fmean(normalized_error(*pair) for pair in zip(found, truth, strict=True))
 
 
-def _require_finite(truth: Iterable[Tensor]) -> None:
-    if not all(bool(output.isfinite().all()) for output in truth):
-        raise ValueError(
-            "the reference network's output is not finite, so no error can be measured against it; "
-            "check its weights"
-        )
+_ROWS = {"output": _output_rows, "local_gradient": local_gradient_rows}

@@ -110,17 +110,20 @@ class RobuQ(Method):
 
     def quant_config(self) -> QuantConfig:
         """Rotate, RobustQuantizer and branch on every block linear; adaLN at its own bits."""
+        block = self._block()
+        adaln = replace(block, activation=self._activation(self.config.adaln_bits))
+        return QuantConfig(tuple(dit_rules(block, None, adaln)), self.config.seed)
+
+    def _block(self) -> LayerConfig:
         c = self.config
         assert c.fit
         assert c.branch_start
-        block = LayerConfig(
+        return LayerConfig(
             weight=TernaryWeight(c.fit, c.per_channel),
             activation=self._activation(c.activation_bits),
             rotation=HadamardRotation(bool(c.signs), c.block_size),
             low_rank=LowRank(c.rank, c.branch_start) if c.rank else None,
         )
-        adaln = replace(block, activation=self._activation(c.adaln_bits))
-        return QuantConfig(tuple(dit_rules(block, None, adaln)), c.seed)
 
     def _activation(self, bits: int) -> RobustQuantizer:
         assert self.config.straight_through

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from dit_qat.dit.models.dit import DiT
 from dit_qat.dit.models.from_diffusers import dit_from_diffusers
 from dit_qat.dit.models.native import save_dit
+from dit_qat.dit.models.packed import register_dit
 from dit_qat.dit.models.published import save_published
 from dit_qat.dit.models.to_diffusers import dit_to_diffusers
 from dit_qat.dit.models.variants import dit_variant
@@ -24,6 +25,9 @@ __all__ = [
     "save_dit",
     "save_published",
 ]
+
+
+register_dit()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,23 +1,33 @@
-"""A float DiT to and from a folder or a repository of the Hugging Face hub."""
+"""A DiT to and from a folder or a repository of the Hugging Face hub."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, cast
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from dit_qat.export.files import write_json, written_whole
+from dit_qat.export.loader import load_quantized
+from dit_qat.export.manifest import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    Manifest,
+    is_packed_folder,
+    read_manifest,
+)
 
 if TYPE_CHECKING:
     from dit_qat.dit.models.dit import DiT
 
-__all__ = ["HubModel"]
+__all__ = ["HTTP_ERROR", "HubModel", "push_packed_to_hub"]
 
-# Of the HTTP library that huggingface_hub uses, whichever that is: the base of its errors.
-_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+"""Of the HTTP library that huggingface_hub uses, whichever that is: the base of its errors."""
 
 _CARD = """\
 ---
@@ -39,6 +49,26 @@ network = DiT.from_pretrained("{name}")  # float32; forward(x, t, y)
 of the tensors in its header; `config.json` repeats the configuration for readers.
 """
 
+_PACKED_CARD = """\
+---
+library_name: dit-qat
+tags: [diffusion-transformer, quantized, ternary]
+{license}---
+
+# {name}
+
+A packed {architecture}: {bits}.
+
+```python
+from dit_qat.dit.models import DiT
+
+network = DiT.from_pretrained("{name}")  # stays packed; forward(x, t, y)
+```
+
+`dit-qat sample --weights {name}` draws from it. `config.json` says what the tensors of
+`model.safetensors` are, and where they came from.
+"""
+
 
 class HubModel:
     """What a DiT does with folders and the hub; mixed into :class:`DiT`."""
@@ -47,10 +77,23 @@ class HubModel:
     def from_pretrained(
         cls, source: str | os.PathLike[str], device: torch.device | str = "cpu"
     ) -> "DiT":
-        """Load a float DiT; sources and errors as for :func:`dit_qat.dit.models.load_dit`."""
+        """Load a float or a packed DiT; the latter in evaluation mode, for inference only.
+
+        Args:
+            source: As for :func:`dit_qat.dit.models.load_dit`, or a packed folder of dit-qat
+                export, or a hub id of one.
+            device: Where the weights go.
+
+        Raises:
+            OSError: As for ``load_dit``.
+            ValueError: As for ``load_dit`` and :func:`dit_qat.load_quantized`.
+        """
+        from dit_qat.dit.models.packed_source import load_packed_dit, locate_weights
         from dit_qat.dit.models.weights import load_dit
 
-        return load_dit(source, device)
+        path = locate_weights(source)
+        load = load_packed_dit if is_packed_folder(path) else load_dit
+        return load(path, device)
 
     def save_pretrained(self, folder: str | os.PathLike[str], license: str | None = None) -> None:
         """Write model.safetensors, config.json and README.md, replacing files of these names.
@@ -96,29 +139,95 @@ class HubModel:
         """
         with TemporaryDirectory() as folder:
             _save(cast("DiT", self), Path(folder), repo_id, license)
-            try:
-                return _upload(
-                    HfApi(token=token), Path(folder), repo_id, private, revision, commit_message
+            with _explained(repo_id, "write a folder with save_pretrained and upload it"):
+                api = HfApi(token=token)
+                _make_repository(api, repo_id, private, revision)
+                commit = api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=Path(folder),
+                    revision=revision,
+                    commit_message=commit_message,
                 )
-            except (OSError, _HTTP_ERROR) as error:
-                raise OSError(
-                    f"{repo_id}: not uploaded ({type(error).__name__}: {error}); check the "
-                    "connection, HF_HUB_OFFLINE, and a token with write permission ('hf auth "
-                    "login'), or write a folder with save_pretrained and upload it elsewhere by "
-                    f"'hf upload {repo_id} FOLDER'"
-                ) from error
+                return str(commit.commit_url)
 
 
-def _upload(
-    api: HfApi, folder: Path, repo_id: str, private: bool, revision: str | None, message: str
+def push_packed_to_hub(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a packed model by dit-qat",
+    license: str | None = None,
 ) -> str:
+    """Upload a packed folder of dit-qat export, with a model card; it is loaded first, as a check.
+
+    Args:
+        folder: The packed folder; unchanged.
+        repo_id: As for :meth:`HubModel.push_to_hub`, like all that follows.
+        private: As there.
+        token: As there.
+        revision: As there.
+        commit_message: As there.
+        license: As there.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If the folder is damaged, or the name is not valid.
+        OSError: If the hub cannot be reached or refuses.
+    """
+    folder = Path(folder)
+    load_quantized(folder)
+    card = _packed_card(read_manifest(folder), repo_id, license)
+    files: dict[str, str | bytes] = {
+        name: str(folder / name) for name in (CONFIG_FILE, TENSOR_FILE)
+    }
+    with _explained(repo_id, "upload the folder"):
+        api = HfApi(token=token)
+        _make_repository(api, repo_id, private, revision)
+        commit = api.create_commit(
+            repo_id=repo_id,
+            operations=[
+                CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+                for name, content in {**files, "README.md": card.encode()}.items()
+            ],
+            commit_message=commit_message,
+            revision=revision,
+        )
+        return str(commit.commit_url)
+
+
+@contextmanager
+def _explained(repo_id: str, otherwise: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, HTTP_ERROR) as error:
+        raise OSError(
+            f"{repo_id}: not uploaded ({type(error).__name__}: {error}); check the connection, "
+            f"HF_HUB_OFFLINE, and a token with write permission ('hf auth login'), or {otherwise} "
+            f"elsewhere by 'hf upload {repo_id} FOLDER'"
+        ) from error
+
+
+def _make_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message
+
+
+def _packed_card(manifest: Manifest, name: str, license: str | None) -> str:
+    found = sorted({32 if bits is None else bits for bits in manifest.activation_bits.values()})
+    return _PACKED_CARD.format(
+        license="" if license is None else f"license: {license}\n",
+        name=name,
+        architecture=manifest.architecture,
+        bits=f"{len(manifest.layers)} linear layers with ternary weights, inputs of "
+        f"{', '.join(map(str, found))} bits",
     )
-    return str(commit.commit_url)
 
 
 def _save(model: "DiT", folder: Path, name: str, license: str | None) -> None:

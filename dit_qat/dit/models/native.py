@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_qat.dit.models.dit import DiT
-from dit_qat.dit.models.folders import writing
 from dit_qat.export.files import written_whole
+from dit_qat.export.folders import writing
 
 __all__ = ["float_state", "read_native", "save_dit"]
 

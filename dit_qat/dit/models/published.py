@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dit_qat.dit.models.dit import DiT
-from dit_qat.dit.models.folders import writing
 from dit_qat.dit.models.native import float_state
 from dit_qat.export.files import written_whole
+from dit_qat.export.folders import writing
 
 __all__ = [
     "PUBLISHED_SUFFIXES",

@@ -4,6 +4,7 @@ from dit_qat.dit.report.html import Report, write_report
 from dit_qat.dit.report.plots import (
     Comparison,
     ComparisonRow,
+    bit_map_plot,
     comparison_plot,
     loss_plot,
     sensitivity_plot,
@@ -14,6 +15,7 @@ __all__ = [
     "Comparison",
     "ComparisonRow",
     "Report",
+    "bit_map_plot",
     "comparison_plot",
     "loss_plot",
     "sensitivity_plot",

@@ -18,12 +18,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from torch import Tensor
 from torch.nn import functional as F
 
+from dit_qat.allocation import BitMap
 from dit_qat.dit.evaluation.images import image_grid
 from dit_qat.dit.evaluation.sensitivity import Sensitivity
 
 __all__ = [
     "Comparison",
     "ComparisonRow",
+    "bit_map_plot",
     "comparison_plot",
     "loss_plot",
     "sensitivity_plot",
@@ -38,6 +40,7 @@ _INK, _FAINT, _LINES = "#222222", "#777777", "#e3e3e3"
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _SENSITIVITY_COLOURS = "YlGnBu"
+_CHOSEN = "#d55e00"
 
 _MOST_ANNOTATED_CELLS = 160
 _SMOOTHED_SHARE = 0.03
@@ -121,6 +124,38 @@ def sensitivity_plot(sensitivity: Sensitivity) -> bytes:
     Raises:
         ValueError: The matrix holds no layers or no bits.
     """
+    figure, axes = _score_map(sensitivity)
+    _outline(axes, sensitivity, colour=_FAINT, width=0.8)
+    axes.set_xlabel("activation bits of this layer alone", fontsize=_TEXT)
+    return _png(figure)
+
+
+def bit_map_plot(found: BitMap) -> bytes:
+    """Draw a bit map, layers down and bits across: scores as a heat map, the chosen cells framed.
+
+    Raises:
+        ValueError: The bit map holds no layers.
+    """
+    scores = torch.tensor(found.scores, dtype=torch.float64)
+    # What all choices of a layer share decides nothing, and would hide what does.
+    above = scores - scores.amin(1, keepdim=True) if scores.numel() else scores
+    table = Sensitivity(found.layers, found.choices, above, found.bits, found.costs)
+    figure, axes = _score_map(table, "score above the layer's best choice")
+    _outline(axes, table, colour=_CHOSEN, width=2.0)
+    axes.set_xlabel("activation bits (framed: allocated)", fontsize=_TEXT)
+    cost = sum(b * c for b, c in zip(found.bits, found.costs, strict=True))
+    figure.suptitle(
+        f"{found.average_bits:.3f} bits on average, {found.average_asked:g} allowed "
+        f"({cost / 1e6:.3g} million weight bits per token)",
+        fontsize=_TEXT + 1,
+        color=_INK,
+    )
+    return _png(figure)
+
+
+def _score_map(
+    sensitivity: Sensitivity, unit: str = "normalised output error"
+) -> tuple[Figure, Axes]:
     values = sensitivity.matrix.numpy()
     if not values.size:
         raise ValueError(f"a sensitivity of shape {values.shape} has nothing to draw")
@@ -134,14 +169,12 @@ def sensitivity_plot(sensitivity: Sensitivity) -> bytes:
     picture = axes.imshow(drawn, cmap=_SENSITIVITY_COLOURS, norm=norm, aspect="auto")
     axes.set_xticks(range(columns), [f"{b}" for b in sensitivity.bits])
     axes.set_yticks(range(rows), sensitivity.layers, fontsize=_SMALL if rows <= 48 else 6.5)
-    axes.set_xlabel("activation bits of this layer alone", fontsize=_TEXT)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    _outline_present(axes, sensitivity)
     if values.size <= _MOST_ANNOTATED_CELLS:
         _annotate(axes, values, norm)
-    _colour_bar(figure, axes, picture)
-    return _png(figure)
+    _colour_bar(figure, axes, picture, unit)
+    return figure, axes
 
 
 def comparison_plot(table: Comparison) -> bytes:
@@ -243,11 +276,11 @@ def _plain_log_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _outline_present(axes: Axes, sensitivity: Sensitivity) -> None:
+def _outline(axes: Axes, sensitivity: Sensitivity, colour: str, width: float) -> None:
     for row, present in enumerate(sensitivity.present_bits):
         if present in sensitivity.bits:
             corner = (sensitivity.bits.index(present) - 0.5, row - 0.5)
-            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_FAINT, linewidth=0.8))
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=width))
 
 
 def _annotate(axes: Axes, values: npt.NDArray[np.float64], norm: LogNorm) -> None:
@@ -258,13 +291,13 @@ def _annotate(axes: Axes, values: npt.NDArray[np.float64], norm: LogNorm) -> Non
         axes.text(column, row, text, ha="center", va="center", fontsize=_SMALL - 0.5, color=colour)
 
 
-def _colour_bar(figure: Figure, axes: Axes, picture: AxesImage) -> None:
+def _colour_bar(figure: Figure, axes: Axes, picture: AxesImage, unit: str) -> None:
     """Above the map and of fixed height, so that a map of a hundred layers has it in sight."""
     share = 0.35 / figure.get_figheight()
     bar = figure.colorbar(
         picture, ax=axes, location="top", fraction=share, pad=share / 3, aspect=50
     )
-    bar.set_label("normalised output error", fontsize=_TEXT, color=_INK)
+    bar.set_label(unit, fontsize=_TEXT, color=_INK)
     bar.ax.tick_params(which="both", labelsize=_SMALL, color=_FAINT, labelcolor=_INK)
     bar.outline.set_visible(False)
 

@@ -1,5 +1,6 @@
 """Training: the Lightning module, its optimizer, and the callbacks."""
 
+from dit_qat.dit.training.allocation import BitAllocation
 from dit_qat.dit.training.callbacks import QuantStatistics, SampleGrids, Throughput
 from dit_qat.dit.training.checkpoints import AtomicCheckpointIO, Checkpoints, last_checkpoint
 from dit_qat.dit.training.ema import EMA
@@ -10,6 +11,7 @@ from dit_qat.dit.training.optimizer import OptimizerConfig
 __all__ = [
     "EMA",
     "AtomicCheckpointIO",
+    "BitAllocation",
     "Checkpoints",
     "DiTTraining",
     "NonFiniteLossError",

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dit_qat.dit.evaluation.images import image_grid, save_png
 from dit_qat.dit.models import DiT
-from dit_qat.dit.models.autoencoder import Autoencoder, check_channels, load_autoencoder
+from dit_qat.dit.models.autoencoder import Autoencoder
 from dit_qat.dit.sampling import SamplerConfig, sample_images, to_uint8
-from dit_qat.dit.training.ema import ema_network
+from dit_qat.dit.training.decoders import load_decoder
+from dit_qat.dit.training.ema import ema_network, refuse_sharded
 from dit_qat.layers import QuantLinear
 from dit_qat.layers.statistics import layer_statistics
 
@@ -60,12 +61,13 @@ class SampleGrids(pl.Callback):
         """Refuse, before any work, what could not be drawn.
 
         Raises:
-            ValueError: for guidance without a null class, latents without an autoencoder, or one
-                of another number of channels; errors of ``load_autoencoder``.
+            ValueError: for sharded weights, guidance without a null class, or latents without an
+                autoencoder; as ``load_decoder``.
         """
         network = pl_module.network
         if not self.every_n_steps or stage != "fit":
             return
+        refuse_sharded(trainer, "no grid can be drawn from", "samples.every_n_steps=0")
         if self.sampler.guidance != 1:
             _ = network.null_class  # guidance needs one
         if self.vae is None and network.in_channels not in (1, 3):
@@ -75,8 +77,7 @@ class SampleGrids(pl.Callback):
                 "samples.vae, or set samples.every_n_steps to 0"
             )
         if self.vae is not None and trainer.is_global_zero:
-            self._decoder = load_autoencoder(self.vae)
-            check_channels(self._decoder.space, network)
+            self._decoder = load_decoder(self.vae, network, trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -13,6 +13,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from dit_qat.dit.training.slurm import requeue, requeue_signal
 from dit_qat.export.files import written_whole
 
 __all__ = ["AtomicCheckpointIO", "Checkpoints", "last_checkpoint"]
@@ -53,8 +54,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
         """Load with ``weights_only=True``, whatever the caller asks for."""
+        place = map_location or "cpu"
+        # Mapped, the processes of a machine share one copy of what may be 10 GB or more.
         loaded: dict[str, Any] = torch.load(
-            path, map_location=map_location or "cpu", weights_only=True
+            path, map_location=place, weights_only=True, mmap=place == "cpu"
         )
         return loaded
 
@@ -63,7 +66,8 @@ class Checkpoints(Checkpoint):
     """Keep ``<root>/checkpoints/last.ckpt`` (and numbered ones if asked) at step boundaries.
 
     SIGINT and SIGTERM end the run after the step in flight and leave a checkpoint of it; a second
-    SIGINT stops at once.
+    SIGINT stops at once. Under SLURM, so does the signal that announces the end of the job's time
+    (SIGUSR1), after which the job is put back into the queue.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
@@ -84,15 +88,33 @@ class Checkpoints(Checkpoint):
         self.keep_every_n_steps = keep_every_n_steps
         self.stopped_by: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
+        self._requeue_signal: signal.Signals | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the atomic writer in place."""
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count batches as this run does, if it cuts a step into another number of them."""
+        steps = checkpoint["global_step"]
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        before, rest = divmod(progress["total"]["ready"], max(steps, 1))
+        if not before or rest:  # data of another module, which count otherwise
+            return
+        for counted in (progress["total"], progress["current"]):
+            unfinished = counted["ready"] - counted["completed"]
+            batches = counted["ready"] // before * trainer.accumulate_grad_batches
+            counted.update(dict.fromkeys(("ready", "started", "processed"), batches))
+            counted["completed"] = batches - unfinished
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the two signals."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._on_signal)
+        """Take over the signals."""
+        self._requeue_signal = requeue_signal(trainer)
+        for number in (signal.SIGINT, signal.SIGTERM, self._requeue_signal):
+            if number is not None:
+                self._previous[number] = signal.signal(number, self._on_signal)
 
     def on_train_batch_end(
         self,
@@ -116,14 +138,16 @@ class Checkpoints(Checkpoint):
         if self.stopped_by is not None:
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # who stops a run does not wait for a validation
+            if self.stopped_by == self._requeue_signal and trainer.is_global_zero:
+                requeue()
 
     def _agree(self, trainer: pl.Trainer) -> None:
-        """Stop all processes after the same step, whichever of them got a signal."""
+        """Stop all processes after the same step, by the same signal, whichever of them got it."""
         if trainer.world_size == 1:
             return
-        stopping = self.stopped_by is not None
-        if trainer.strategy.reduce_boolean_decision(stopping, all=False) and not stopping:
-            self.stopped_by = signal.SIGTERM
+        number = torch.tensor(self.stopped_by or 0, device=trainer.strategy.root_device)
+        largest = int(trainer.strategy.reduce(number, reduce_op="max"))
+        self.stopped_by = signal.Signals(largest) if largest else None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the signals back; later would be after Lightning has put back what it replaced."""

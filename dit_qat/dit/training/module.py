@@ -9,9 +9,10 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from dit_qat.dit.diffusion import NoiseSchedule, diffusion_loss
-from dit_qat.dit.methods import Method
+from dit_qat.dit.methods import AMPN, Method
 from dit_qat.dit.models import DiT, load_dit, load_weights_
 from dit_qat.dit.randomness import derive_seed, generator_for
+from dit_qat.dit.training.bit_maps import saved_bits, set_bits_, settled
 from dit_qat.dit.training.optimizer import OptimizerConfig, learning_rate_factor, parameter_groups
 from dit_qat.dit.training.specs import restore, spec_of
 from dit_qat.layers import QuantConfig, Rule, quantize_
@@ -63,9 +64,11 @@ class DiTTraining(pl.LightningModule):
     ) -> None:
         super().__init__()
         network, method = restore(network, DiT), restore(method, Method)
+        if fresh_start:
+            method = settled(method, network, float_layers or [])
         optimizer = restore(optimizer, OptimizerConfig) or OptimizerConfig()
         self._keep_hyperparameters(locals())
-        self.seed = seed
+        self.seed, self.method = seed, method
         self.optimizer_config = optimizer
         self.float_weights = float_weights
         method_distillation = method.distillation if method is not None else 0.0
@@ -116,6 +119,23 @@ class DiTTraining(pl.LightningModule):
         result: Tensor = self.network(x, t, y)
         return result
 
+    @property
+    def teacher(self) -> DiT | None:
+        """The float network that is distilled from, during a fit."""
+        return self._teacher[0] if self._teacher else None
+
+    def change_method(self, method: Method) -> None:
+        """Have checkpoints rebuild by another form of the method, which the layers have already."""
+        self.method = method
+        self.hparams["method"] = spec_of(method)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the bits that were allocated in the course of the run."""
+        bits = saved_bits(checkpoint)
+        if bits is not None and isinstance(self.method, AMPN) and self.method.bits is None:
+            set_bits_(self.network, bits)
+            self.change_method(self.method.with_bits(bits))
+
     def on_fit_start(self) -> None:
         """Load the teacher, outside the registered modules: checkpoints and EMA do not see it."""
         if self.distillation and self.float_weights is not None and not self._teacher:
@@ -133,28 +153,35 @@ class DiTTraining(pl.LightningModule):
         slots = self.trainer.world_size * self.trainer.accumulate_grad_batches
         draws = self._draw(x_0, generator, self._slot(batch_idx), slots)
         total, values = self._loss(x_0, labels, draws, self.label_dropout)
-        if not torch.isfinite(total):
-            raise NonFiniteLossError(f"the loss is {total.item()} {self._cure()}")
-        self._log_step({"objective": total.detach(), **values}, batch_idx)
+        self._logged.append({"objective": total.detach(), **values})
         return total
 
-    def _log_step(self, values: dict[str, Tensor], batch_idx: int) -> None:
-        """Log the means over an optimizer step's micro-batches and processes, at its last one."""
-        self._logged.append(values)
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
-            return
-        for name in values:
-            mean = torch.stack([each[name] for each in self._logged]).mean()
-            self.log(f"train/{name}", mean, prog_bar=name == "loss", sync_dist=True)
-        self._logged = []
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse gradients that would spoil the weights, and with them the next checkpoint."""
+        """Log the step, and refuse what would spoil the weights and the next checkpoint.
+
+        All processes agree on it, in one exchange: one that stopped alone would leave the others
+        waiting.
+        """
+        means = [torch.stack([each[name] for each in self._logged]) for name in self._logged[0]]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        numbers = torch.stack([*(each.mean() for each in means), norm.to(self.device)])
+        numbers = self.trainer.strategy.reduce(numbers, reduce_op="mean")
+        values = dict(zip([*self._logged[0], "norm"], numbers, strict=True))
+        self._logged = []
+        self._check_finite(numbers, values)
+        norm = values.pop("norm")
+        for name, value in values.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
+
+    def _check_finite(self, numbers: Tensor, values: dict[str, Tensor]) -> None:
+        if numbers.isfinite().all():
+            return
+        if not values["objective"].isfinite():
+            raise NonFiniteLossError(f"the loss is {values['objective'].item()} {self._cure()}")
         # A loss scaler (16-mixed) meets such gradients on its way and skips their step.
-        if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":
-            raise NonFiniteLossError(f"the gradient norm is {norm.item()} {self._cure()}")
+        if self.trainer.precision != "16-mixed":
+            raise NonFiniteLossError(f"the gradient norm is {values['norm'].item()} {self._cure()}")
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """DiT's loss, without distillation or label dropout, on fixed noise and timesteps."""
@@ -174,13 +201,14 @@ class DiTTraining(pl.LightningModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], batch_idx: int, stage: str) -> None:
         x_0, labels = batch
-        if not len(x_0):
-            return  # another process has the last batch
+        count = len(x_0)
+        if not count:  # another process has the last batch; sharded weights need all of them
+            x_0, labels = x_0.new_zeros(1, *x_0.shape[1:]), labels.new_zeros(1)
         number = batch_idx * self.trainer.world_size + self.global_rank
         generator = generator_for(self.seed, stage, number, device=self.device)
         _, values = self._loss(x_0, labels, self._draw(x_0, generator), label_dropout=0.0)
         row = torch.stack([torch.ones_like(values["loss"]), *(values[n] for n in self._scores)])
-        self._evaluated.append(row * len(x_0))
+        self._evaluated.append(row * count)
 
     @property
     def _scores(self) -> tuple[str, ...]:

@@ -17,9 +17,10 @@ from dit_qat.dit.evaluation.classifier import DigitClassifier, load_digit_classi
 from dit_qat.dit.evaluation.inception import InceptionFeatures, find_inception, load_inception
 from dit_qat.dit.evaluation.references import open_reference
 from dit_qat.dit.models import DiT
-from dit_qat.dit.models.autoencoder import Autoencoder, check_channels, load_autoencoder
+from dit_qat.dit.models.autoencoder import Autoencoder
 from dit_qat.dit.sampling import SamplerConfig, sample_images, to_uint8
-from dit_qat.dit.training.ema import EMA, ema_network
+from dit_qat.dit.training.decoders import load_decoder
+from dit_qat.dit.training.ema import EMA, ema_network, refuse_sharded
 
 __all__ = ["OnlineMetrics"]
 
@@ -103,21 +104,34 @@ class OnlineMetrics(pl.Callback):
         """Load what scoring needs, and refuse, before any work, what could not be scored.
 
         Raises:
-            ValueError: for latents without an autoencoder, no reference, statistics of another
-                network, too few images for the processes, or EMA weights that come too late;
-                errors of the loaders.
+            ValueError: for sharded weights, latents without an autoencoder, no reference,
+                statistics of another network, too few images for the processes, or EMA weights
+                that come too late; errors of the loaders.
         """
         if not self.num or stage == "test":
             return
         network: DiT = pl_module.network
+        refuse_sharded(trainer, "no samples can be drawn from", "online.num=0")
         self._check_shares(trainer.world_size)
         self._check_order(trainer)
         if self.sampler.guidance != 1:
             _ = network.null_class  # guidance needs one
         if self.vae is not None:
-            self._decoder = load_autoencoder(self.vae)
-            check_channels(self._decoder.space, network)
+            self._decoder = load_decoder(self.vae, network, trainer)
         self._judge = self._make_judge(network)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Refuse a run that never validates, and so would never score.
+
+        Raises:
+            ValueError: if there is nothing to validate on.
+        """
+        if self._judge is not None and not sum(trainer.num_val_batches):
+            raise ValueError(
+                f"online.num={self.num} scores at every validation, and there is none; validate on "
+                "at least one image and batch (data's validation_images, "
+                "trainer.limit_val_batches), or set online.num to 0"
+            )
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Sample, score and log."""

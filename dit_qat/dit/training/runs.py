@@ -9,7 +9,15 @@ from dit_qat.export.files import check_folder, claim_folder
 
 __all__ = ["RESULTS", "check_run", "claim_run", "read_metrics", "resume_path"]
 
-RESULTS = ("checkpoints", "samples", "tensorboard", "config.yaml", "metrics.json")
+RESULTS = (
+    "checkpoints",
+    "samples",
+    "tensorboard",
+    "config.yaml",
+    "metrics.json",
+    "bit_map.json",
+    "bit_map.png",
+)
 """What a training run leaves in its folder."""
 
 _CURE = (

@@ -201,6 +201,18 @@ def test_a_broken_picture_stops_the_run_by_name(tmp_path, make_job, alone, broke
         write_cache(tmp_path / "cache", job, alone)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_cannot_be_read_is_not_skipped_as_broken(
+    tmp_path, class_folders, make_job, alone, workers
+):
+    pictures = ImageFolder(shutil.copytree(class_folders, tmp_path / "pictures"))
+    assert len(pictures) == 14
+    (tmp_path / "pictures" / "tench" / "3.png").unlink()  # as when a disk is gone
+    job = make_job(pictures=pictures, skip_broken=True, num_workers=workers)
+    with pytest.raises(OSError, match=r"^\S*tench/3\.png: cannot be read \(No such file"):
+        write_cache(tmp_path / "cache", job, alone)
+
+
 def test_broken_pictures_are_skipped_on_record(tmp_path, make_job, alone, broken):
     root = tmp_path / "cache"
     index = write_cache(root, make_job(pictures=broken, skip_broken=True), alone).index
@@ -236,6 +248,8 @@ def test_too_little_space_is_said_before_the_work(tmp_path, make_job, alone, mon
 
 def test_a_file_is_no_folder(tmp_path, make_job, alone):
     (tmp_path / "file").touch()
+    for outcome in Group(2).run(lambda found: write_cache(tmp_path / "file", make_job(), found)):
+        assert "is a file" in str(outcome)  # on both: neither is left waiting
     with pytest.raises(NotADirectoryError, match="is a file"):
         write_cache(tmp_path / "file", make_job(), alone)
 

@@ -5,7 +5,7 @@ from PIL import Image
 
 from dit_qat.dit.data.pictures import center_crop
 from dit_qat.dit.data.pixels import Images
-from dit_qat.dit.data.sampler import Draw, StepBatchSampler
+from dit_qat.dit.data.sampler import Draw, SequentialDraws, StepBatchSampler
 from dit_qat.dit.data.sources import Folder, ImageFolder
 
 
@@ -59,6 +59,14 @@ def test_validation_is_fixed_and_unmirrored(pictures):
     found = [int((plain[0] == image).flatten(1).all(1).nonzero()[0]) for image in first]
     assert len(set(found)) == 5
     assert torch.equal(plain[1][found], labels)
+
+
+def test_a_process_without_validation_images_gets_empty_batches(pictures):
+    dataset = Images(pictures, size=8, seed=0).validation_dataset()
+    (draw,) = SequentialDraws(len(dataset), batch_size=256, rank=1, world_size=2)
+    images, labels = dataset[draw]
+    assert images.shape == (0, 3, 8, 8)
+    assert (images.dtype, labels.shape) == (torch.float32, (0,))
 
 
 def test_validation_may_have_pictures_of_its_own(pictures, tmp_path):

@@ -1,6 +1,8 @@
 import hashlib
+import os
 import pickle
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -170,3 +172,31 @@ def test_columns_and_splits_that_are_not_there_are_named(saved_dataset):
         len(HuggingFace(str(saved_dataset / "plain")))
     with pytest.raises(ValueError, match=r"no split 'test'; it has train"):
         len(HuggingFace(str(saved_dataset / "splits"), "test", "picture", "class"))
+
+
+def test_pictures_of_a_dataset_are_not_turned_by_their_exif_entry(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    picture = Image.new("RGB", (20, 10))
+    exif = picture.getexif()
+    exif[0x112] = 6  # to be shown turned by 90 degrees
+    picture.save(tmp_path / "turned.png", exif=exif)
+    features = datasets.Features({"image": datasets.Image()})
+    rows = {"image": [str(tmp_path / "turned.png"), None]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    source = HuggingFace(str(tmp_path / "saved"), label_column=None)
+    assert source.load(0).size == Folder(tmp_path).load(0).size == (20, 10)
+    with pytest.raises(BrokenPictureError, match=r"row 1: cannot be decoded \(the row has none"):
+        source.load(1)
+
+
+def test_a_column_without_pictures_is_named(saved_dataset):
+    with pytest.raises(ValueError, match=r"column 'number' holds no pictures but Value"):
+        len(HuggingFace(str(saved_dataset / "plain"), "train", "number", None))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names of files are text")
+def test_names_of_files_may_be_any_bytes(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / os.fsdecode(b"\xff.png"))
+    source = Folder(tmp_path)
+    assert source.load(0).size == (4, 4)
+    assert len(source.identity()["sha256"]) == 64

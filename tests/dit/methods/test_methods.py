@@ -1,12 +1,13 @@
 """The methods as settings: presets, baselines, and what they refuse."""
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import pytest
 import torch
 
 from dit_qat import quantize_
-from dit_qat.dit.methods import BitNetV2, Method, MinMax, RobuQ, RobuQConfig
+from dit_qat.dit.methods import AMPN, BitNetV2, Method, MinMax, RobuQ, RobuQConfig
 from dit_qat.dit.models import DiT, load_dit
 from dit_qat.layers import (
     AbsMeanQuantizer,
@@ -74,6 +75,35 @@ def test_attention_products_are_eight_bit(method: Method) -> None:
     network = quantize_(DiT(8, 4, 1, 32, 2, 2, num_classes=10), method.quant_config())
     bits = [m.config.bits for m in network.modules() if isinstance(m, QuantAttention)]
     assert bits == [8, 8]
+
+
+def test_ampn_is_robuq_until_it_has_a_bit_map() -> None:
+    shared = {"preset": "paper", "rank": 2}
+    ampn = AMPN(average_bits=2.5, activation_bits=4, **shared)
+    assert layers(ampn) == layers(RobuQ(activation_bits=4, **shared))
+    bits = {name: 1 + i % 4 for i, name in enumerate(layers(ampn)) if "adaLN" not in name}
+    allocated = layers(ampn.with_bits(bits))
+    for name, config in layers(ampn).items():
+        found = allocated[name].activation
+        assert found is not None
+        assert found.bits == bits.get(name, 4)
+        assert replace(allocated[name], activation=config.activation) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"average_bits": 0.5}, r"average_bits=0\.5 is outside 1\.\.4"),
+        ({"choices": (1, 9)}, r"choices=\(1, 9\) must be whole"),
+        ({"choices": (2, 2)}, "each once"),
+        ({"choices": ()}, "must be whole"),
+        ({"warmup_steps": 0}, "must be at least 1, not 0, "),
+        ({"activation_bits": 9}, "bits=9 is outside"),
+    ],
+)
+def test_ampn_refuses_what_could_not_be_allocated(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AMPN(**settings)
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 
 from dit_qat.dit.models import autoencoder as module
 from dit_qat.dit.models.autoencoder import Autoencoder, LatentSpace, load_autoencoder
@@ -58,6 +59,19 @@ def test_encoding_gives_the_moments_of_diffusers(loaded, folder):
     assert torch.allclose(mean, expected.mean, atol=1e-6)
     assert torch.allclose(log_variance, expected.logvar, atol=1e-6)
     assert not mean.requires_grad
+
+
+def test_the_published_weights_have_older_names(folder, loaded, damaged):
+    """The attention of stabilityai/sd-vae-ft-ema and -mse is named as in diffusers 0.4."""
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        for new, old in older.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        renamed[name] = tensor
+    assert "decoder.mid_block.attentions.0.proj_attn.weight" in renamed
+    save_file(renamed, damaged / WEIGHTS)
+    assert load_autoencoder(damaged).space.sha256 == loaded.space.sha256
 
 
 def test_log_variances_are_clamped(make_vae):

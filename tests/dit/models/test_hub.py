@@ -90,7 +90,7 @@ def test_the_real_client_offline_is_explained(monkeypatch, make_dit):
 
 def test_errors_of_the_http_library_are_explained(monkeypatch, make_dit):
     def fail(self, repo_id, **options):
-        raise hub._HTTP_ERROR("no route")
+        raise hub.HTTP_ERROR("no route")
 
     monkeypatch.setattr(FakeApi, "create_repo", fail)
     monkeypatch.setattr(hub, "HfApi", FakeApi)

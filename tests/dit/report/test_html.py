@@ -8,6 +8,7 @@ from dit_qat.dit.report import Comparison, ComparisonRow, Report, write_report
 
 VOID = {"meta", "img"}
 LOSS, SAMPLES, SENSITIVITY = b"\x89PNG loss", b"\x89PNG samples", b"\x89PNG sensitivity"
+BIT_MAP = b"\x89PNG bit map"
 
 REPORT = Report(
     title="RobuQ on digits",
@@ -99,10 +100,15 @@ def test_the_page_needs_nothing_from_elsewhere(page):
 
 
 def test_pictures_are_the_bytes_given_and_have_a_description(page):
-    images = page(replace(REPORT, sensitivity=SENSITIVITY)).images
+    images = page(replace(REPORT, sensitivity=SENSITIVITY, bit_map=BIT_MAP)).images
     contents = [base64.b64decode(image["src"].partition(",")[2]) for image in images]
-    assert contents == [SAMPLES, LOSS, SENSITIVITY]
+    assert contents == [SAMPLES, LOSS, BIT_MAP, SENSITIVITY]
     assert all(image["alt"] for image in images)
+
+
+def test_a_bit_map_stands_under_its_achieved_average(page):
+    assert "Bit map, 2.125 bits on average" in page(replace(REPORT, bit_map=BIT_MAP)).text
+    assert "Bit map" not in page(REPORT).text
 
 
 def test_scores_stand_beside_each_other_with_their_ratio(page):

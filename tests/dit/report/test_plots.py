@@ -6,10 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dit_qat.allocation import BitMap
 from dit_qat.dit.evaluation.sensitivity import Sensitivity
 from dit_qat.dit.report.plots import (
     Comparison,
     ComparisonRow,
+    bit_map_plot,
     comparison_plot,
     loss_plot,
     sensitivity_plot,
@@ -41,6 +43,12 @@ def sensitivity(layers, bits=(1, 2, 3, 4)):
     return Sensitivity(names, bits, errors, (2,) * layers, (1,) * layers)
 
 
+def bit_map(bits, above=0.0):
+    scores = tuple((above + 0.5, above + 0.125, above) for _ in bits)
+    names = tuple(f"blocks.{i}.attn.proj" for i in range(len(bits)))
+    return BitMap(names, bits, (4,) * len(bits), (1, 2, 3), scores, "output", 2.0)
+
+
 def grey(count, level, size=8):
     return torch.full((count, 1, size, size), level, dtype=torch.uint8)
 
@@ -49,11 +57,26 @@ def test_pictures_are_coloured_and_as_wide_as_the_report_expects():
     pictures = (
         loss_plot({"RobuQ": (range(50), np.linspace(2, 1, 50))}),
         sensitivity_plot(sensitivity(4)),
+        bit_map_plot(bit_map((1, 2, 3))),
         comparison_plot(Comparison(ROWS, 3.4)),
     )
     for png in pictures:
         assert has_colour(png)
         assert pixels(png).shape[1] == 1520
+
+
+def test_a_bit_map_shows_what_was_chosen_and_nothing_that_all_choices_share():
+    chosen = bit_map_plot(bit_map((1, 2, 3)))
+    assert chosen == bit_map_plot(bit_map((1, 2, 3), above=1.0))
+    other = bit_map_plot(bit_map((3, 2, 1)))
+    changed = (pixels(chosen) != pixels(other)).any(axis=2)
+    assert 0.001 < changed.mean() < 0.2
+    with pytest.raises(ValueError, match="nothing to draw"):
+        bit_map_plot(bit_map(()))
+
+
+def test_a_map_of_a_hundred_layers_is_one_picture():
+    assert pixels(bit_map_plot(bit_map((1, 2, 3, 2) * 28))).shape[0] > 3000
 
 
 def test_the_same_numbers_give_the_same_bytes_and_leave_global_state_alone():

@@ -42,7 +42,7 @@ def in_threads(count, act):
     barrier, board = threading.Barrier(count, timeout=60), {}
 
     def one(rank):
-        return act(Threads(rank, count, torch.device("cpu"), barrier, board))
+        return act(Threads(rank, count, torch.device("cpu"), barrier_=barrier, board=board))
 
     with ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(one, rank) for rank in range(count)]

@@ -7,9 +7,18 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from dit_qat.dit.methods import RobuQ
-from dit_qat.dit.training import EMA, AtomicCheckpointIO, Checkpoints, DiTTraining, last_checkpoint
+from dit_qat.dit.training import (
+    EMA,
+    AtomicCheckpointIO,
+    Checkpoints,
+    DiTTraining,
+    OnlineMetrics,
+    SampleGrids,
+    last_checkpoint,
+)
 from dit_qat.dit.training.loading import load_checkpoint, read_checkpoint
 from dit_qat.dit.training.runs import claim_run, read_metrics, resume_path
 
@@ -172,7 +181,9 @@ def test_ema_averages_parameters_and_copies_buffers(
     assert 0 < (averaged[name] - start).norm() < moved
 
 
-def test_ema_refuses_sharded_weights_and_odd_decays(tmp_path: Path) -> None:
+def test_sharded_weights_are_not_averaged_or_drawn_from(
+    make_module: Callable[..., DiTTraining],
+) -> None:
     from pytorch_lightning.strategies import FSDPStrategy
 
     class Trainer:
@@ -182,6 +193,28 @@ def test_ema_refuses_sharded_weights_and_odd_decays(tmp_path: Path) -> None:
         EMA().setup(Trainer(), None, "fit")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"ema\.decay=1\.5"):
         EMA(decay=1.5)
+    grids = SampleGrids(every_n_steps=1)
+    with pytest.raises(ValueError, match=r"no grid .* sharded by FSDP.*samples\.every_n_steps=0"):
+        grids.setup(Trainer(), make_module(), "fit")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"no samples .* sharded by FSDPStrategy.*online\.num=0"):
+        OnlineMetrics(60).setup(Trainer(), make_module(), "fit")  # type: ignore[arg-type]
+
+
+def test_averaging_at_once_is_averaging(make_module: Callable[..., DiTTraining]) -> None:
+    one_by_one, at_once = EMA(0.9), EMA(0.9)
+    at_once._average_at_once()
+    models = []
+    for ema in (one_by_one, at_once):
+        torch.manual_seed(0)
+        module = make_module()
+        average = AveragedModel(module, use_buffers=False, **ema._kwargs)
+        for _ in range(3):
+            for parameter in module.parameters():
+                parameter.data.add_(torch.randn_like(parameter))
+            average.update_parameters(module)
+        models.append(average.module)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_folder_with_results_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from dit_qat.dit.data import digit_images
 from dit_qat.dit.diffusion import NoiseSchedule
@@ -191,6 +192,24 @@ def test_validation_is_the_same_twice(tmp_path: Path, make_module: Make) -> None
     first, second = (trainer.validate(module, Digits(), verbose=False)[0] for _ in range(2))
     assert first == second
     assert first["val/loss"] == pytest.approx(first["val/mse"] + first["val/vb"])
+
+
+def test_a_process_without_images_takes_part_and_counts_for_nothing(
+    tmp_path: Path, make_module: Make
+) -> None:
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    module, calls = make_module(RobuQ(rank=2)), []
+    module.network.register_forward_hook(lambda *_: calls.append(1))
+    images, labels = (part[:8] for part in digit_images())
+    batches = [(images, labels), (images[:0], labels[:0])]
+    whole, same = (
+        trainer.validate(module, DataLoader(part, batch_size=None), verbose=False)  # type: ignore[arg-type]
+        for part in (batches[:1], batches)
+    )
+    assert same == whole
+    assert len(calls) == 3  # where weights are sharded, all processes gather them together
 
 
 def test_compiled_network_keeps_its_names_and_trains(

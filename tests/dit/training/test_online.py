@@ -96,6 +96,12 @@ def test_latents_need_an_autoencoder_and_images_a_reference(
         fit(module, tmp_path, 1, [metrics], data=latents)
 
 
+def test_a_run_that_never_validates_is_refused(tmp_path: Path, make_module: Make, fit: Fit) -> None:
+    metrics = OnlineMetrics(60, sampler=SAMPLER)
+    with pytest.raises(ValueError, match=r"online\.num=60 scores at every validation, .* is none"):
+        fit(make_module(), tmp_path, 1, [metrics], limit_val_batches=0)
+
+
 def test_every_process_needs_a_batch(monkeypatch: pytest.MonkeyPatch, make_module: Make) -> None:
     trainer = pl.Trainer(accelerator="cpu", logger=False)
     monkeypatch.setattr(pl.Trainer, "world_size", 3)

@@ -81,6 +81,34 @@ def test_resuming_a_killed_run_changes_nothing(
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 1)])
+def test_a_resumed_run_may_cut_its_steps_otherwise(
+    tmp_path: Path,
+    make_module: Callable[..., DiTTraining],
+    fit: Callable[..., pl.Trainer],
+    before: int,
+    after: int,
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Seen(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, _: int) -> None:
+            seen.append((trainer.global_step, len(batch[0])))
+
+    fit(make_module(), tmp_path / "straight", 8)
+    killed = [EMA(0.9), Checkpoints(every_n_steps=1), KillAt(4)]
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(make_module(), tmp_path / "parts", 8, killed, accumulate_grad_batches=before)
+    resumed, callbacks = make_module(fresh_start=False), [EMA(0.9), Checkpoints(100), Seen()]
+    last = str(last_checkpoint(tmp_path / "parts"))
+    options: dict[str, Any] = {"ckpt_path": last, "accumulate_grad_batches": after}
+    fit(resumed, tmp_path / "parts", 8, callbacks, **options)
+    assert seen == [(step, 16 // after) for step in range(3, 8) for _ in range(after)]
+    straight, parts = (state(tmp_path / name)["state_dict"] for name in ("straight", "parts"))
+    for name in straight:
+        torch.testing.assert_close(parts[name], straight[name], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint_of_the_step_in_flight(
     tmp_path: Path,

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from dit_qat.dit.models.folders import writing, written_folder
+from dit_qat.export.folders import writing, written_folder
 
 
 def contents(root):

@@ -1,0 +1,340 @@
+"""A trained DiT as a packed folder: written, loaded again, run, and only then named."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dit_qat.dit.convert.difference import Inputs, difference, fixed_inputs, outputs
+from dit_qat.dit.models import DiT
+from dit_qat.dit.sampling import SamplerConfig, sample_images, to_uint8
+from dit_qat.dit.training.bit_maps import read_bit_map
+from dit_qat.dit.training.loading import load_checkpoint, read_checkpoint
+from dit_qat.export.files import check_folder, write_json
+from dit_qat.export.folders import written_folder
+from dit_qat.export.layer_entry import Storage
+from dit_qat.export.loader import load_quantized
+from dit_qat.export.manifest import CONFIG_FILE, TENSOR_FILE, Manifest
+from dit_qat.export.verify import Agreement, verify_packed
+from dit_qat.export.writer import write_packed
+from dit_qat.layers import QuantLinear
+from dit_qat.layers.linear import BranchDtype
+
+__all__ = [
+    "METRICS",
+    "RESULTS",
+    "Exported",
+    "check_target",
+    "compare_pixels",
+    "export_checkpoint",
+    "export_network",
+]
+
+METRICS = "metrics.json"
+
+RESULTS = (CONFIG_FILE, TENSOR_FILE, METRICS)
+"""What an export leaves in its folder."""
+
+_CARD = "README.md"  # of a folder that came from the hub
+_CURE = "choose another --out, or pass --overwrite true to replace it"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it was checked.
+
+    Attributes:
+        folder: Where.
+        files: Bytes by file name.
+        float_parameters: Numbers of the float model of the same architecture.
+        agreement: Of the packed model with the trained one; with the trained one rounded as asked,
+            if the export was asked to round what training did not.
+        rounded: What that rounding changed: the norm of the difference of the outputs over their
+            norm; None if nothing was rounded.
+        manifest: What ``config.json`` says.
+    """
+
+    folder: Path
+    files: Mapping[str, int]
+    float_parameters: int
+    agreement: Agreement
+    rounded: float | None
+    manifest: Manifest
+
+    @property
+    def bytes(self) -> int:
+        """Of the packed model."""
+        return self.files[CONFIG_FILE] + self.files[TENSOR_FILE]
+
+    @property
+    def ratio(self) -> float:
+        """How much smaller than the float model in float32."""
+        return 4 * self.float_parameters / self.bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, for ``metrics.json``."""
+        name, difference = self.agreement.worst_layer
+        return {
+            "bytes": self.bytes,
+            "files": {name: self.files[name] for name in (CONFIG_FILE, TENSOR_FILE)},
+            "float32_bytes": 4 * self.float_parameters,
+            "times_smaller_than_float32": self.ratio,
+            "agreement": {
+                "worst_layer": {"name": name, "difference": difference},
+                "output": self.agreement.output,
+            },
+            "rounded_beyond_training": self.rounded,
+            "activation_bits": self.manifest.activation_bits,
+            "attention_bits": dict(self.manifest.attention_bits),
+        }
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    weights: Literal["ema", "current"] = "ema",
+    storage: Storage = "ternary_1.6",
+    branch_dtype: BranchDtype | None = None,
+    float_dtype: BranchDtype = "float32",
+    bit_map: Path | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Pack a checkpoint of ``dit-qat fit``, with where it came from.
+
+    Args:
+        checkpoint: The file.
+        folder: Made at once or not at all.
+        weights: The averaged weights, or those the optimizer was at.
+        storage: As for :func:`export_network`.
+        branch_dtype: As there.
+        float_dtype: As there.
+        bit_map: An allocation that the checkpoint must have been trained with; None: any.
+        overwrite: As there.
+
+    Raises:
+        ValueError: for a checkpoint that is damaged, not quantized, or trained with other bits; as
+            :func:`export_network`.
+        OSError: if a file is missing, or the folder is in use or cannot be written.
+    """
+    check_target(folder, overwrite)
+    content = read_checkpoint(checkpoint)
+    network = load_checkpoint(checkpoint, weights).network
+    if bit_map is not None:
+        _check_bits(network, checkpoint, bit_map)
+    return export_network(
+        network,
+        folder,
+        provenance=_provenance(checkpoint, content, weights),
+        storage=storage,
+        branch_dtype=branch_dtype,
+        float_dtype=float_dtype,
+        overwrite=overwrite,
+    )
+
+
+def export_network(
+    network: DiT,
+    folder: Path,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    storage: Storage = "ternary_1.6",
+    branch_dtype: BranchDtype | None = None,
+    float_dtype: BranchDtype = "float32",
+    overwrite: bool = False,
+) -> Exported:
+    """Pack a quantized DiT, run what was written against it, and refuse what differs.
+
+    Args:
+        network: On the CPU; unchanged.
+        folder: Made at once or not at all; gets a ``metrics.json`` beside the model.
+        provenance: Plain values: source checkpoint, training, data, metrics.
+        storage: Of the codes: five or four per byte.
+        branch_dtype: What low-rank branches are rounded to; None: what training rounded them to.
+            With another one, the packed model is checked against the network rounded like this,
+            and the report says what the rounding changed.
+        float_dtype: What all that is not packed is rounded to; other than float32, likewise.
+        overwrite: Replace a packed folder that is there.
+
+    Raises:
+        ValueError: if both differ beyond float rounding, naming the layer; for a network that the
+            format cannot hold.
+        OSError: if the folder is in use, or there is no room for it.
+    """
+    check_target(folder, overwrite)
+    inputs = fixed_inputs(network)
+    with ExitStack() as restore:
+        restore.enter_context(_evaluating(network))
+        expected = outputs(network, inputs)
+        rounds = restore.enter_context(_rounded(network, branch_dtype, float_dtype))
+        place = restore.enter_context(written_folder(folder))
+        manifest = write_packed(
+            network,
+            place / "model",
+            provenance=provenance,
+            branch_dtype=branch_dtype,
+            float_dtype=float_dtype,
+            storage=storage,
+        )
+        agreement = _agreement(network, place / "model", inputs)
+        changed = difference(expected, outputs(network, inputs)).overall if rounds else None
+        for path in (place / "model").iterdir():
+            path.rename(place / path.name)
+        (place / "model").rmdir()
+        files = {path.name: path.stat().st_size for path in place.glob("[!.]*")}
+        count = _float_parameters(network)
+        exported = Exported(folder, files, count, agreement, changed, manifest)
+        write_json(place / METRICS, exported.as_dict())
+    return exported
+
+
+def compare_pixels(
+    network: DiT, folder: Path, sampler: SamplerConfig, images: Tensor
+) -> dict[str, float]:
+    """Export a network, and draw images from the packed model that it has drawn already.
+
+    Args:
+        network: Quantized.
+        folder: Where to write; made anew.
+        sampler: How the images were drawn.
+        images: Images 0, 1, ... of all classes in turn, uint8; one batch of them is compared.
+
+    Returns:
+        The bytes of the packed model, and the share of pixels that are the same.
+    """
+    exported = export_network(network, folder, overwrite=True)
+    packed = load_quantized(folder)
+    assert isinstance(packed, DiT)
+    count = min(len(images), sampler.batch_size)
+    [(_, drawn)] = sample_images(packed, sampler, range(count))
+    same = to_uint8(drawn.cpu()) == images[:count].cpu()
+    return {"bytes": exported.bytes, "pixels_equal": float(same.double().mean())}
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Make sure that an export may write a folder, without touching it.
+
+    Raises:
+        FileExistsError: if it holds a packed model and that may not go, or anything else.
+        NotADirectoryError: if it is a file.
+    """
+    check_folder(folder, RESULTS, overwrite, _CURE)
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = sorted(present - {*RESULTS, _CARD})
+    if foreign:
+        raise FileExistsError(
+            f"{folder} holds other files ({', '.join(foreign[:3])}), which a packed model would "
+            "replace; choose a new or an empty folder"
+        )
+
+
+def _agreement(network: DiT, written: Path, inputs: Inputs) -> Agreement:
+    agreement = verify_packed(network, load_quantized(written), tuple(inputs))
+    try:
+        agreement.check()
+    except ValueError as error:
+        raise ValueError(f"{error}; nothing was written") from error
+    return agreement
+
+
+@contextmanager
+def _evaluating(network: DiT) -> Iterator[None]:
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+@contextmanager
+def _rounded(
+    network: DiT, branch_dtype: BranchDtype | None, float_dtype: BranchDtype
+) -> Iterator[bool]:
+    """Have a network compute with what will be stored; yield whether that changes it."""
+    with ExitStack() as restore:
+        changed = False
+        layers = [module for module in network.modules() if isinstance(module, QuantLinear)]
+        for layer in layers:
+            config, low_rank = layer.config, layer.config.low_rank
+            if branch_dtype is None or low_rank is None or low_rank.dtype == branch_dtype:
+                continue
+            restore.callback(setattr, layer, "config", config)
+            layer.config = replace(config, low_rank=replace(low_rank, dtype=branch_dtype))
+            changed = True
+        if float_dtype != "float32":
+            inside = {id(value) for layer in layers for value in layer.parameters(recurse=False)}
+            for value in network.parameters():
+                if id(value) not in inside:
+                    restore.callback(setattr, value, "data", value.data)
+                    value.data = value.data.to(getattr(torch, float_dtype)).to(value.dtype)
+                    changed = True
+        yield changed
+
+
+def _float_parameters(network: DiT) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in DiT(**network.config).parameters())
+
+
+def _check_bits(network: nn.Module, checkpoint: Path, bit_map: Path) -> None:
+    wanted = read_bit_map(bit_map).by_layer
+    trained = {
+        name: None if module.config.activation is None else module.config.activation.bits
+        for name, module in network.named_modules()
+        if isinstance(module, QuantLinear)
+    }
+    foreign = [name for name in wanted if name not in trained]
+    if foreign:
+        raise ValueError(
+            f"{bit_map} is a bit map of another model: {checkpoint} has no quantized layer "
+            f"{foreign[0]}; give the bit_map.json of its own run, or leave --bit_map out"
+        )
+    differing = [name for name, bits in wanted.items() if trained[name] != bits]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{checkpoint} was not trained with {bit_map}: {len(differing)} of {len(wanted)} "
+            f"layers have other bits, such as {name} ({trained[name]} trained, {wanted[name]} in "
+            "the map); train with that map (model.method.init_args.bit_map), or leave --bit_map "
+            "out to export the bits of the checkpoint"
+        )
+
+
+def _provenance(
+    checkpoint: Path, content: Mapping[str, Any], weights: Literal["ema", "current"]
+) -> dict[str, Any]:
+    """Where a packed model came from; names of files only, so that bytes do not depend on paths."""
+    settings, run = content["hyper_parameters"], checkpoint.absolute().parent.parent
+    with checkpoint.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    averaged = weights == "ema" and "current_model_state" in content
+    found: dict[str, Any] = {
+        "checkpoint": {"file": checkpoint.name, "sha256": digest},
+        "weights": "ema" if averaged else "current",
+        "step": int(content["global_step"]),
+        "training": {
+            name: settings.get(name) for name in ("method", "float_layers", "float_weights", "seed")
+        },
+    }
+    if (run / "config.yaml").is_file():
+        found["config.yaml"] = (run / "config.yaml").read_text(encoding="utf-8")
+    if (run / METRICS).is_file():
+        found["metrics"] = _read_metrics(run / METRICS)
+    space = content.get("Latents", {}).get("latent_space")
+    return found if space is None else found | {"latent_space": dict(space)}
+
+
+def _read_metrics(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}, beside the checkpoint, is no JSON ({error}); mend it, or move it away"
+        ) from error

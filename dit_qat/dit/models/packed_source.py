@@ -1,0 +1,84 @@
+"""Packed DiTs by the names that float weights go by: folders and repositories of the hub."""
+
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+
+from dit_qat.dit.models.dit import DiT
+from dit_qat.dit.models.hub import HTTP_ERROR
+from dit_qat.dit.models.locate import locate
+from dit_qat.export.loader import load_quantized
+from dit_qat.export.manifest import (
+    CONFIG_FILE,
+    FORMAT,
+    TENSOR_FILE,
+    is_packed_folder,
+    read_manifest,
+)
+from dit_qat.export.tensor_file import open_tensors
+
+__all__ = ["load_packed_dit", "locate_weights"]
+
+
+def locate_weights(source: str | os.PathLike[str]) -> Path:
+    """Find float or packed weights; download them if the source is a hub id.
+
+    Args:
+        source: A packed folder, a hub id of one, or a source of
+            :func:`~dit_qat.dit.models.load_dit`.
+
+    Returns:
+        A packed folder (for which :func:`is_packed_folder` holds), or where float weights are.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        OSError: if a download breaks off.
+        ValueError: if it is a folder of something else.
+    """
+    name, path = os.fspath(source), Path(source)
+    if path.is_dir() and is_packed_folder(path):
+        return path
+    found = locate(source)
+    if found.name != TENSOR_FILE or found == path or not _holds_packed(found):
+        return found
+    if not path.is_dir():  # a repository, of which only the weights are here yet
+        _fetch_config(name, found)
+    return found.parent
+
+
+def load_packed_dit(folder: Path, device: torch.device | str = "cpu") -> DiT:
+    """Load a packed folder that must hold a DiT.
+
+    Raises:
+        ValueError: if it holds something else; errors of
+            :func:`~dit_qat.export.loader.load_quantized`.
+    """
+    architecture = read_manifest(folder).architecture
+    model = load_quantized(folder, device)
+    if not isinstance(model, DiT):
+        raise ValueError(
+            f"{folder} holds a {architecture!r}, not a DiT; load it by dit_qat.load_quantized"
+        )
+    return model
+
+
+def _holds_packed(path: Path) -> bool:
+    """Whether a tensor file says that it is of a packed folder."""
+    try:
+        with open_tensors(path) as file:
+            return file.metadata.get("format") == FORMAT
+    except ValueError:
+        return False
+
+
+def _fetch_config(name: str, weights: Path) -> None:
+    """Download the other file, of the commit of the weights, to where they are."""
+    try:
+        hf_hub_download(name, CONFIG_FILE, revision=weights.parent.name)
+    except (OSError, HTTP_ERROR) as error:
+        raise OSError(
+            f"{name}: holds packed weights, whose {CONFIG_FILE} could not be downloaded "
+            f"({type(error).__name__}: {error}); check the connection, and repeat the command"
+        ) from error

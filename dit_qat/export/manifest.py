@@ -1,0 +1,201 @@
+"""``config.json`` of a packed folder: what the tensors are and where they came from."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dit_qat.export.layer_entry import LINEAR, LayerEntry
+from dit_qat.layers import AttentionConfig
+
+__all__ = [
+    "CONFIG_FILE",
+    "FORMAT",
+    "TENSOR_FILE",
+    "VERSION",
+    "Manifest",
+    "TensorEntry",
+    "is_packed_folder",
+    "read_manifest",
+]
+
+FORMAT = "dit_qat.packed"
+VERSION = 1
+CONFIG_FILE = "config.json"
+TENSOR_FILE = "model.safetensors"
+
+_ATTENTION = "attention"
+_KEYS = {"format", "version", "architecture", "modules", "tensors", "provenance", "written_by"}
+
+
+class TensorEntry(NamedTuple):
+    """A tensor as it is in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a packed folder says about itself.
+
+    Attributes:
+        architecture: Name in the registry.
+        arguments: Plain values that build the float model.
+        layers: Packed linear layers by module name.
+        attention_bits: Bits of the attention products by module name; others are float.
+        tensors: All tensors of the file by name.
+        provenance: Source checkpoint, training, data, metrics: plain values, not interpreted.
+        written_by: Versions.
+    """
+
+    architecture: str
+    arguments: Mapping[str, Any]
+    layers: Mapping[str, LayerEntry]
+    attention_bits: Mapping[str, int]
+    tensors: Mapping[str, TensorEntry]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    written_by: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def activation_bits(self) -> dict[str, int | None]:
+        """The bit map: activation bits of every packed layer; None where activations are float."""
+        found = {name: entry.config.activation for name, entry in self.layers.items()}
+        return {name: None if a is None else a.bits for name, a in found.items()}
+
+    def as_text(self) -> str:
+        """JSON, keys in order, a line per module and per tensor: the same bytes every time.
+
+        Raises:
+            ValueError: for arguments or provenance that are no plain, finite values.
+        """
+        modules = {name: entry.as_json() for name, entry in self.layers.items()}
+        for name, bits in self.attention_bits.items():
+            modules[name] = {"kind": _ATTENTION, "bits": bits}
+        sections = {
+            "architecture": {"name": self.architecture, "arguments": dict(self.arguments)},
+            "format": FORMAT,
+            "modules": modules,
+            "provenance": dict(self.provenance),
+            "tensors": {name: entry._asdict() for name, entry in self.tensors.items()},
+            "version": VERSION,
+            "written_by": dict(self.written_by),
+        }
+        return _rendered(sections, depth=2) + "\n"
+
+
+def is_packed_folder(path: Path) -> bool:
+    """Whether a folder says that it is packed, whatever its version or state."""
+    try:
+        content = _parsed(path / CONFIG_FILE)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def read_manifest(folder: Path | str) -> Manifest:
+    """Read what a packed folder holds, without its tensors.
+
+    Raises:
+        FileNotFoundError: if it has no ``config.json``.
+        ValueError: if that is damaged, of another format, or of an unknown version.
+    """
+    return read_manifest_and_digest(Path(folder))[0]
+
+
+def read_manifest_and_digest(folder: Path) -> tuple[Manifest, str]:
+    """A manifest and the sha256 of its file, which the tensor file repeats."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no {path}; give a folder that dit-qat export wrote, and copy it whole"
+        )
+    content = _parsed(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not of a packed folder; give one that dit-qat export wrote")
+    version = content.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(
+            f"{path}: the format's version is {version!r}, and this dit_qat reads {VERSION}; "
+            "install the version that wrote it, or export the checkpoint again"
+        )
+    try:
+        manifest = _from_json(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return manifest, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}); copy or export it again") from error
+
+
+def _from_json(content: dict[str, Any]) -> Manifest:
+    if content.keys() != _KEYS:
+        raise ValueError(f"it has the keys {sorted(content)}, not {sorted(_KEYS)}")
+    for key in _KEYS - {"format", "version"}:
+        if not isinstance(content[key], dict):
+            raise ValueError(f"{key} is no JSON object")
+    architecture = content["architecture"]
+    if architecture.keys() != {"name", "arguments"} or not isinstance(architecture["name"], str):
+        raise ValueError("architecture has no name and arguments")
+    if not isinstance(architecture["arguments"], dict):
+        raise ValueError("the architecture's arguments are no JSON object")
+    layers: dict[str, LayerEntry] = {}
+    attention: dict[str, int] = {}
+    for name, entry in content["modules"].items():
+        try:
+            _read_module(name, entry, layers, attention)
+        except ValueError as error:
+            raise ValueError(f"module {name!r}: {error}") from error
+    return Manifest(
+        architecture=architecture["name"],
+        arguments=architecture["arguments"],
+        layers=layers,
+        attention_bits=attention,
+        tensors={name: _tensor(name, entry) for name, entry in content["tensors"].items()},
+        provenance=content["provenance"],
+        written_by=content["written_by"],
+    )
+
+
+def _read_module(
+    name: str, entry: Any, layers: dict[str, LayerEntry], attention: dict[str, int]
+) -> None:
+    kind = entry.get("kind") if isinstance(entry, dict) else None
+    if kind == LINEAR:
+        layers[name] = LayerEntry.from_json(entry)
+    elif kind == _ATTENTION and entry.keys() == {"kind", "bits"} and type(entry["bits"]) is int:
+        attention[name] = AttentionConfig(entry["bits"]).bits
+    else:
+        raise ValueError(f"{entry!r} is neither of kind {LINEAR} nor of kind {_ATTENTION}")
+
+
+def _tensor(name: str, entry: Any) -> TensorEntry:
+    if not isinstance(entry, dict) or entry.keys() != set(TensorEntry._fields):
+        raise ValueError(f"tensor {name!r} has no dtype, shape and sha256")
+    shape = entry["shape"]
+    sizes = isinstance(shape, list) and all(type(size) is int for size in shape)
+    if not sizes or not isinstance(entry["dtype"], str) or not isinstance(entry["sha256"], str):
+        raise ValueError(f"tensor {name!r} has a damaged entry, {entry!r}")
+    return TensorEntry(entry["dtype"], tuple(shape), entry["sha256"])
+
+
+def _rendered(content: Mapping[str, Any], depth: int, indent: str = "") -> str:
+    """JSON with a line per entry down to ``depth`` levels of objects."""
+    lines = []
+    for key in sorted(content):
+        value = content[key]
+        text = (
+            _rendered(value, depth - 1, indent + " ")
+            if depth > 1 and isinstance(value, dict) and value
+            else json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
+        )
+        lines.append(f"{indent} {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"

@@ -1,0 +1,212 @@
+"""Bytes, measured: of real files on disk and of real tensors in memory, by layer and by part."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from dit_qat.export.inspect import PER_IMAGE
+from dit_qat.export.manifest import CONFIG_FILE, TENSOR_FILE
+from dit_qat.export.tensor_file import open_tensors
+from dit_qat.layers import PackedLinear, QuantLinear
+
+__all__ = ["Disk", "Size", "Sizes", "TensorSize", "measure", "packed_disk"]
+
+_PARTS = {
+    "codes": "ternary codes",
+    "weight": "float latents of ternary weights",
+    "scale": "scales",
+    "low_rank_up": "low-rank branches",
+    "low_rank_down": "low-rank branches",
+    "bias": "biases",
+    "row_sums": "sums over rows of codes",
+}
+"""Of a quantized layer's tensors."""
+
+_OF_THE_WEIGHT = {"codes", "weight", "scale", "low_rank_up", "low_rank_down"}
+_DERIVED = {"scale", "low_rank_up", "low_rank_down", "row_sums"}  # which the float model has not
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a model takes on disk.
+
+    Attributes:
+        tensors: Bytes by tensor name.
+        other: Bytes of what is no tensor of the model, by what it is.
+    """
+
+    tensors: Mapping[str, int]
+    other: Mapping[str, int]
+
+
+class TensorSize(NamedTuple):
+    """One tensor of a model.
+
+    ``disk`` is zero where the file does not hold it; ``numbers`` counts codes, not their bytes.
+    """
+
+    layer: str
+    leaf: str
+    part: str
+    numbers: int
+    disk: int
+    resident: int
+
+
+class Size(NamedTuple):
+    """The sum over some tensors."""
+
+    numbers: int
+    disk: int
+    resident: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """All tensors of a model, and what else the files hold.
+
+    Attributes:
+        tensors: In the order of the model.
+        other: Bytes on disk that are no tensor of the model, by what they are.
+    """
+
+    tensors: tuple[TensorSize, ...]
+    other: Mapping[str, int]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of all files."""
+        return sum(tensor.disk for tensor in self.tensors) + sum(self.other.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of all tensors in memory."""
+        return sum(tensor.resident for tensor in self.tensors)
+
+    @property
+    def float_numbers(self) -> int:
+        """Parameters of the float model of the same architecture."""
+        return sum(tensor.numbers for tensor in self.tensors if tensor.leaf not in _DERIVED)
+
+    @property
+    def by_part(self) -> dict[str, Size]:
+        """Sums by part, the largest on disk first."""
+        found = _sums(self.tensors, lambda tensor: tensor.part)
+        return dict(sorted(found.items(), key=lambda item: -item[1].disk))
+
+    @property
+    def by_layer(self) -> dict[str, Size]:
+        """Sums by the module that holds the tensors."""
+        return _sums(self.tensors, lambda tensor: tensor.layer)
+
+    @property
+    def effective_bits(self) -> dict[str, tuple[float, float]]:
+        """Codes, scales and branch in bits per weight, by packed layer: on disk and resident."""
+        return self._effective_bits(lambda tensor: tensor.layer)
+
+    @property
+    def mean_effective_bits(self) -> tuple[float, float] | None:
+        """The same over all packed layers; None without any."""
+        return self._effective_bits(lambda tensor: "").get("")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        disk, resident = self.disk_bytes, self.resident_bytes
+        numbers = sum(tensor.numbers for tensor in self.tensors)
+        parts = {
+            part: size._asdict()
+            | {
+                "numbers_share": size.numbers / numbers,
+                "disk_share": size.disk / disk if disk else None,
+                "resident_share": size.resident / resident,
+            }
+            for part, size in self.by_part.items()
+        }
+        mean = self.mean_effective_bits
+        return {
+            "disk_bytes": disk,
+            "resident_bytes": resident,
+            "float32_bytes": 4 * self.float_numbers,
+            "bfloat16_bytes": 2 * self.float_numbers,
+            "effective_weight_bits_disk": None if mean is None else mean[0],
+            "effective_weight_bits_resident": None if mean is None else mean[1],
+            "parts": parts,
+            "other_on_disk": dict(self.other),
+            "layers": {name: size._asdict() for name, size in self.by_layer.items()},
+        }
+
+    def _effective_bits(self, key: Callable[[TensorSize], str]) -> dict[str, tuple[float, float]]:
+        packed = {tensor.layer for tensor in self.tensors if tensor.leaf == "codes"}
+        own = [t for t in self.tensors if t.layer in packed and t.leaf in _OF_THE_WEIGHT]
+        weights, sums = _sums((t for t in own if t.leaf == "codes"), key), _sums(own, key)
+        return {
+            name: (8 * sums[name].disk / size.numbers, 8 * sums[name].resident / size.numbers)
+            for name, size in weights.items()
+        }
+
+
+def measure(model: nn.Module, disk: Disk) -> Sizes:
+    """Measure every parameter and buffer of a model.
+
+    Args:
+        model: Float, quantized or packed. What it makes at its first call (sums over codes) counts
+            once it is there.
+        disk: What its files hold.
+    """
+    return Sizes(tuple(_measured(model, disk.tensors)), disk.other)
+
+
+def packed_disk(folder: Path) -> Disk:
+    """What the files of a packed folder hold.
+
+    Raises:
+        OSError: if a file is missing.
+        ValueError: if the tensor file is damaged.
+    """
+    path = folder / TENSOR_FILE
+    with open_tensors(path) as file:
+        tensors = {name: place.end - place.begin for name, place in file.places.items()}
+    header = path.stat().st_size - sum(tensors.values())
+    return Disk(
+        tensors,
+        {
+            f"header of {TENSOR_FILE}": header,
+            CONFIG_FILE: (folder / CONFIG_FILE).stat().st_size,
+        },
+    )
+
+
+def _measured(model: nn.Module, disk: Mapping[str, int]) -> Iterator[TensorSize]:
+    for layer, module in model.named_modules():
+        for leaf, tensor in _own_tensors(module):
+            name = f"{layer}.{leaf}" if layer else leaf
+            numbers = tensor.numel()
+            if isinstance(module, PackedLinear) and leaf == "codes":
+                numbers = module.out_features * module.in_features
+            part = _part(layer or leaf, leaf, isinstance(module, PackedLinear | QuantLinear))
+            yield TensorSize(layer, leaf, part, numbers, disk.get(name, 0), tensor.nbytes)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+
+
+def _part(layer: str, leaf: str, quantized: bool) -> str:
+    if not quantized:
+        return f"float: {layer.partition('.')[0]}"
+    per_image = any(fnmatchcase(layer, glob) for glob in PER_IMAGE)
+    return _PARTS[leaf] + (" (adaLN)" if per_image else "")
+
+
+def _sums(tensors: Iterable[TensorSize], key: Callable[[TensorSize], str]) -> dict[str, Size]:
+    found: dict[str, Size] = {}
+    for tensor in tensors:
+        old = found.get(key(tensor), Size(0, 0, 0))
+        new = (tensor.numbers, tensor.disk, tensor.resident)
+        found[key(tensor)] = Size(*map(sum, zip(old, new, strict=True)))
+    return found

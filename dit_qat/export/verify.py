@@ -1,0 +1,107 @@
+"""Fake-quant against packed: do both compute the same?"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_qat.layers import PackedLinear, QuantLinear
+
+__all__ = ["LAYER_LIMIT", "OUTPUT_LIMIT", "Agreement", "verify_packed"]
+
+LAYER_LIMIT = 1e-5
+"""Of a layer in float32 on the same input: float rounding of the branch, nothing else."""
+
+OUTPUT_LIMIT = 1e-3
+"""Of the model: rounding in one layer may move a code by one in the next."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Largest relative differences: largest difference over largest magnitude.
+
+    Attributes:
+        layers: By layer, each on the input that the fake-quantized one received.
+        output: Of the models' outputs.
+    """
+
+    layers: Mapping[str, float]
+    output: float
+
+    @property
+    def worst_layer(self) -> tuple[str, float]:
+        """The layer that differs most."""
+        return max(self.layers.items(), key=lambda item: item[1])
+
+    def check(self, layer_limit: float = LAYER_LIMIT, output_limit: float = OUTPUT_LIMIT) -> None:
+        """Refuse what differs beyond float rounding.
+
+        Raises:
+            ValueError: naming the layer.
+        """
+        name, difference = self.worst_layer
+        if not difference <= layer_limit:
+            raise ValueError(
+                f"packed layer {name!r} differs from the trained one by {difference:.2g}, beyond "
+                f"{layer_limit:g}; the model was not trained with what is packed (a branch of "
+                "other precision?)"
+            )
+        if not self.output <= output_limit:
+            raise ValueError(
+                f"the packed model's output differs by {self.output:.2g}, beyond {output_limit:g}, "
+                "while its layers agree; a float part is stored in too few bits"
+            )
+
+
+@torch.no_grad()
+def verify_packed(model: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) -> Agreement:
+    """Run both models on fixed inputs, and every packed layer on what the trained one received.
+
+    Args:
+        model: Fake-quantized.
+        packed: The same as it was written and loaded, on the same device.
+        inputs: Positional arguments of both.
+
+    Raises:
+        ValueError: if a quantized layer has no packed twin, or saw no input.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    twins = {name: m for name, m in packed.named_modules() if isinstance(m, PackedLinear)}
+    if layers.keys() != twins.keys():
+        raise ValueError(
+            f"the models differ in {', '.join(sorted(layers.keys() ^ twins.keys())[:3])}; compare "
+            "a model with what was packed from it"
+        )
+    found: dict[str, float] = {}
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hook = partial(_compare, name, twins[name], found)
+            handle = layer.register_forward_hook(hook)
+            hooks.callback(handle.remove)
+        expected = model(*inputs)
+    unseen = layers.keys() - found.keys()
+    if unseen:
+        raise ValueError(f"the inputs do not reach layer {min(unseen)!r}; give others")
+    return Agreement(found, _difference(packed(*inputs), expected))
+
+
+def _compare(
+    name: str,
+    twin: PackedLinear,
+    found: dict[str, float],
+    layer: nn.Module,
+    inputs: tuple[Tensor, ...],
+    output: Tensor,
+) -> None:
+    found[name] = max(found.get(name, 0.0), _difference(twin(*inputs), output))
+
+
+def _difference(value: Tensor, reference: Tensor) -> float:
+    """NaN counts as a difference."""
+    error = (value.double() - reference.double()).abs().max()
+    largest = reference.double().abs().max()
+    return float(error / largest) if largest > 0 else float(error)

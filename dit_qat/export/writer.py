@@ -1,0 +1,241 @@
+"""Packed folders written: one layer in memory at a time, the whole folder or nothing."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_qat.export.folders import written_folder
+from dit_qat.export.layer_entry import LayerEntry, Storage
+from dit_qat.export.loader import DIGEST_KEY
+from dit_qat.export.manifest import (
+    CONFIG_FILE,
+    FORMAT,
+    TENSOR_FILE,
+    VERSION,
+    Manifest,
+    TensorEntry,
+    is_packed_folder,
+)
+from dit_qat.export.registry import architecture_of
+from dit_qat.export.skeleton import build_skeleton, listed, stored_tensors
+from dit_qat.export.tensor_file import TensorWriter, dtype_name
+from dit_qat.layers import PackedLinear, QuantAttention, QuantLinear
+from dit_qat.layers.linear import BranchDtype
+from dit_qat.primitives.packing import count_ternary, pack_base3, unpack_ternary
+
+__all__ = ["write_packed"]
+
+_MARGIN = 1 << 20  # beside the tensors: config.json and the file system's own
+_NO_DIGEST = "0" * 64
+
+
+def write_packed(
+    model: nn.Module,
+    folder: Path | str,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    branch_dtype: BranchDtype | None = None,
+    float_dtype: BranchDtype = "float32",
+    storage: Storage = "ternary_1.6",
+    overwrite: bool = False,
+) -> Manifest:
+    """Write a quantized model as a packed folder.
+
+    Args:
+        model: Of a registered architecture, with at least one :class:`QuantLinear`; unchanged.
+        folder: Made at once or not at all.
+        provenance: Plain values: source checkpoint, training, data, metrics.
+        branch_dtype: What low-rank branches are rounded to; None: what they compute with. Another
+            one gives another model than ``model`` is.
+        float_dtype: What all that is not packed is stored in; it computes in float32 again.
+        storage: Of the codes: five or four per byte.
+        overwrite: Replace a packed folder that is there.
+
+    Returns:
+        What ``config.json`` says.
+
+    Raises:
+        FileExistsError: if ``folder`` is in use.
+        ValueError: for a model that the format cannot hold, with the modules named, or for values
+            that are not finite, or codes that are all the same.
+        OSError: if the disk has no room for it, or cannot be written.
+    """
+    target = Path(folder)
+    _check_target(target, overwrite)
+    _check_plain(provenance or {})
+    plan = _Plan(model, branch_dtype, getattr(torch, float_dtype), storage)
+    metadata = {"format": FORMAT, "version": str(VERSION), DIGEST_KEY: _NO_DIGEST}
+    _check_space(target, plan.total_bytes)
+    with written_folder(target) as partial:
+        with (partial / TENSOR_FILE).open("wb") as file:
+            writer = TensorWriter(file, plan.tensors, metadata)
+            for name, tensor in plan.computed():
+                writer.write(name, tensor)
+            manifest = plan.manifest(writer.sha256, provenance or {})
+            text = manifest.as_text().encode()
+            writer.finish(metadata | {DIGEST_KEY: hashlib.sha256(text).hexdigest()})
+        (partial / CONFIG_FILE).write_bytes(text)
+    return manifest
+
+
+class _Plan:
+    """What will be written, known before anything is computed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        branch_dtype: BranchDtype | None,
+        float_dtype: torch.dtype,
+        storage: Storage,
+    ) -> None:
+        self._model, self._branch_dtype = model, branch_dtype
+        self._architecture = architecture_of(model)
+        self._arguments = dict(self._architecture.describe(model))
+        self._quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+        if not self._quantized:
+            raise ValueError(
+                f"this {type(model).__name__} has no quantized layers to pack; train one with a "
+                "method, or write the float model with dit-qat convert"
+            )
+        self._layers = {
+            name: LayerEntry.of(PackedLinear.like(layer, branch_dtype), storage)
+            for name, layer in self._quantized.items()
+        }
+        self._attention_bits = {
+            name: module.config.bits
+            for name, module in model.named_modules()
+            if isinstance(module, QuantAttention)
+        }
+        skeleton = build_skeleton(
+            self._architecture.name, self._arguments, self._layers, self._attention_bits
+        )
+        _check_modules(model, skeleton)
+        self.tensors = stored_tensors(skeleton, self._layers, float_dtype)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all tensors."""
+        sizes = (torch.Size(shape).numel() * d.itemsize for d, shape in self.tensors.values())
+        return sum(sizes)
+
+    def computed(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor as it is stored, a layer at a time."""
+        for name, layer in self._quantized.items():
+            try:
+                yield from self._packed(name, layer)
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from error
+        for name, value in self._model.state_dict().items():
+            if name in self.tensors and name.rpartition(".")[0] not in self._layers:
+                stored = value.detach().to(self.tensors[name][0])
+                if not stored.isfinite().all():
+                    raise ValueError(
+                        f"{name} holds NaN or infinite values, or larger ones than {stored.dtype} "
+                        "has; take another checkpoint, or another float_dtype"
+                    )
+                yield name, stored
+
+    def _packed(self, name: str, layer: QuantLinear) -> Iterator[tuple[str, Tensor]]:
+        packed = PackedLinear.from_quantized(layer, self._branch_dtype)
+        check_levels(packed)
+        for leaf, tensor in packed.named_buffers():
+            if leaf == "codes" and self._layers[name].storage == "ternary_1.6":
+                tensor = pack_base3(unpack_ternary(tensor, layer.in_features))
+            yield f"{name}.{leaf}", tensor
+
+    def manifest(self, sha256: Mapping[str, str], provenance: Mapping[str, Any]) -> Manifest:
+        """What ``config.json`` says."""
+        return Manifest(
+            architecture=self._architecture.name,
+            arguments=self._arguments,
+            layers=self._layers,
+            attention_bits=self._attention_bits,
+            tensors={
+                name: TensorEntry(dtype_name(dtype), shape, sha256[name])
+                for name, (dtype, shape) in self.tensors.items()
+            },
+            provenance=provenance,
+            written_by={"dit_qat": version("dit-qat"), "torch": torch.__version__},
+        )
+
+
+def check_levels(layer: PackedLinear) -> None:
+    """Refuse codes that are all the same: such a layer has lost its weight.
+
+    Raises:
+        ValueError: see above.
+    """
+    counts = count_ternary(layer.codes, layer.in_features)
+    if max(counts) == sum(counts):
+        level = counts.index(max(counts)) - 1
+        raise ValueError(
+            f"all {sum(counts)} codes are {level}: training or initialization went wrong here; "
+            "take another checkpoint, or leave the layer float by a rule with None"
+        )
+
+
+def _check_modules(model: nn.Module, skeleton: nn.Module) -> None:
+    """Name the modules that the format would not give back."""
+    wanted = {name: type(module) for name, module in skeleton.named_modules()}
+    kept = {QuantLinear: PackedLinear}
+    foreign = [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if wanted.get(name) is not kept.get(type(module), type(module))
+    ]
+    lacking = wanted.keys() - dict(model.named_modules()).keys()
+    if foreign or lacking:
+        raise ValueError(
+            f"the packed format cannot hold {listed(foreign or lacking)}: it holds QuantLinear, "
+            "QuantAttention and the float modules of the architecture; put the float module back "
+            "(a rule with None leaves it float), or merge what was added to it"
+        )
+    shapes = {name: value.shape for name, value in skeleton.named_parameters()}
+    differing = [
+        name
+        for name, value in model.named_parameters()
+        if shapes.get(name, value.shape) != value.shape
+    ]
+    if differing:
+        raise ValueError(
+            f"{listed(differing)}: other shapes than the architecture's own arguments give"
+        )
+
+
+def _check_plain(provenance: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(provenance, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"provenance holds what JSON does not ({error}); give plain values"
+        ) from error
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file; choose another folder")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not is_packed_folder(target):
+        raise FileExistsError(f"{target} holds other files; choose a new or an empty folder")
+    if not overwrite:
+        raise FileExistsError(
+            f"{target} already holds a packed model; add --overwrite, or choose another folder"
+        )
+
+
+def _check_space(target: Path, needed: int) -> None:
+    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed + _MARGIN:
+        raise OSError(
+            f"{existing} has {free / 1e6:.0f} MB free, and the packed model takes "
+            f"{(needed + _MARGIN) / 1e6:.0f} MB; free space or choose another place"
+        )

@@ -1,0 +1,1 @@
+"""Operators behind ``torch.library``, each with a pure-torch twin."""
