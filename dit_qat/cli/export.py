@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from dit_qat.dit.exporting import Exported, check_target, export_checkpoint
+from dit_qat.dit.checkpoint_export import export_checkpoint
+from dit_qat.dit.exporting import Exported, check_target
 from dit_qat.export.layer_entry import Storage
 from dit_qat.layers.linear import BranchDtype
 

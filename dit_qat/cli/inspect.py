@@ -1,12 +1,17 @@
 """``dit-qat inspect``: layers, bits and sizes, and what of it is simulated."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
-from dit_qat.cli.sources import load_network
+from dit_qat.cli.sources import load_source
+from dit_qat.dit.convert.difference import Inputs, fixed_inputs, outputs
+from dit_qat.dit.models import DiT
+from dit_qat.dit.training.loading import read_checkpoint
 from dit_qat.export.files import write_json
 from dit_qat.export.inspect import LayerDescription, ModelDescription, describe
+from dit_qat.export.sizes import Disk, Size, Sizes, measure, packed_disk
 
 __all__ = ["inspect"]
 
@@ -15,9 +20,15 @@ _SIMULATED = (
     "arithmetic is simulated: values are quantized and multiplied as floats (fake-quantized). The "
     "packed size is what the codes, scales and float parts would take."
 )
+_PACKED = (
+    "These are packed weights: bytes on disk are those of the files, resident ones those of the "
+    "tensors after a first image; effective bits are measured on disk."
+)
 _FLOAT = "These are float weights: nothing is quantized."
 
 _HEADINGS = ("layer", "kind", "shape", "W bits", "A bits", "rank", "rotation", "effective W", "0s")
+_SIZES = ("disk", "resident")
+_NETWORK = "network."  # before the names in a training checkpoint
 
 
 def inspect(
@@ -30,7 +41,8 @@ def inspect(
 
     Args:
         checkpoint: A .ckpt of dit-qat fit, whose EMA weights are described.
-        weights: Float weights instead: digits, a .safetensors file, a published .pt.
+        weights: Other weights instead: a packed folder of dit-qat export, or float ones: digits, a
+            .safetensors file, a published .pt.
         out: JSON file for the same numbers.
         overwrite: Replace that file.
 
@@ -44,47 +56,119 @@ def inspect(
         raise FileExistsError(
             f"{out} exists; choose another --out, or pass --overwrite true to replace it"
         )
-    description = describe(load_network(checkpoint, weights, torch.device("cpu")))
-    note = _SIMULATED if description.quantized_layers else _FLOAT
-    _print(description)
-    if checkpoint is not None:
-        print(f"file: {_size(checkpoint.stat().st_size)} with averages and optimizer state")
+    source = load_source(checkpoint, weights)
+    if source.folder is not None:
+        _draw_once(source.network)
+        disk, note = packed_disk(source.folder), _PACKED
+    elif checkpoint is not None:
+        disk, note = _checkpoint_disk(checkpoint), _SIMULATED
+    else:
+        disk, note = Disk({}, {}), _FLOAT
+    description, sizes = describe(source.network), measure(source.network, disk)
+    note = note if description.quantized_layers else _FLOAT
+    _print_layers(description, sizes)
+    _print_parts(sizes)
+    _print_totals(description, sizes)
     print(note)
     if out is not None:
-        write_json(out, description.as_dict() | {"note": note})
+        measured = {"measured": sizes.as_dict(), "note": note}
+        write_json(out, description.as_dict() | measured)
 
 
-def _print(description: ModelDescription) -> None:
-    rows = [_HEADINGS, *map(_row, description.layers)]
+def _draw_once(network: DiT) -> None:
+    """Have a packed network make what it makes at its first call, so that it counts."""
+    x, t, y = fixed_inputs(network)
+    outputs(network, Inputs(x[:1], t[:1], None if y is None else y[:1]))
+
+
+def _checkpoint_disk(checkpoint: Path) -> Disk:
+    """The averaged weights in the file, and the rest of it."""
+    state = read_checkpoint(checkpoint)["state_dict"]
+    tensors = {
+        name.removeprefix(_NETWORK): tensor.nbytes
+        for name, tensor in state.items()
+        if name.startswith(_NETWORK) and isinstance(tensor, Tensor)
+    }
+    rest = checkpoint.stat().st_size - sum(tensors.values())
+    return Disk(tensors, {"optimizer state, other weights, settings": rest})
+
+
+def _print_layers(description: ModelDescription, sizes: Sizes) -> None:
+    measured, effective = sizes.by_layer, sizes.effective_bits
+    rows = []
+    for layer in description.layers:
+        size = measured[layer.name]
+        bits = effective.get(layer.name, (layer.effective_weight_bits,))[0]
+        rows.append((*_row(layer, bits), _size(size.disk), _size(size.resident)))
+    _print_table([(*_HEADINGS, *_SIZES), *rows])
+
+
+def _print_parts(sizes: Sizes) -> None:
+    """What of the bytes is codes, and what stays float."""
+    parts = sizes.by_part
+    total = Size(
+        sum(size.numbers for size in parts.values()), sizes.disk_bytes, sizes.resident_bytes
+    )
+    rows: list[tuple[str, ...]] = [
+        ("part", "numbers", "share", "disk", "share", "resident", "share")
+    ]
+    rows += [(name, *_shares(size, total)) for name, size in parts.items()]
+    rows += [(name, *_shares(Size(0, count, 0), total)) for name, count in sizes.other.items()]
+    rows.append(("total", *_shares(total, total)))
+    _print_table(rows)
+
+
+def _shares(size: Size, total: Size) -> Iterable[str]:
+    yield f"{size.numbers:,}" if size.numbers else "-"
+    yield f"{size.numbers / total.numbers:.2%}" if size.numbers else "-"
+    for part, whole in ((size.disk, total.disk), (size.resident, total.resident)):
+        yield from (_size(part), f"{part / whole:.2%}") if part else ("-", "-")
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
     print()
-    zeros = description.zero_fraction
+
+
+def _print_totals(description: ModelDescription, sizes: Sizes) -> None:
+    zeros, mean = description.zero_fraction, sizes.mean_effective_bits
     bits = set(description.attention_bits.values())
     totals = {
         "parameters": f"{description.parameters:,}",
         "share that stays float": f"{description.float_parameter_share:.2%}",
         "weight bits, nominal": f"{description.weight_bits:.3f}",
         "weight bits, effective": f"{description.effective_weight_bits:.3f} "
-        "(with float32 scales and branches)",
+        "(codes at log2(3) bits, float32 scales, branches)"
+        if mean is None
+        else f"{mean[0]:.3f} on disk, {mean[1]:.3f} resident (codes, scales, branches)",
         "activation bits": f"{description.average_activation_bits:.3f} "
         "(by multiply-adds, layers that see every token)",
         "activation bits, adaLN": f"{description.per_image_activation_bits:.3f} "
         "(one token per image)",
         "attention product bits": ", ".join(map(str, sorted(bits))) or "float",
         "zeros among codes": "-" if zeros is None else f"{zeros:.2%}",
-        "packed size": f"{_size(description.packed_bytes)} "
-        f"({description.bits_per_parameter:.3f} bits per parameter)",
-        "size in float32": _size(4 * description.parameters),
     }
+    if mean is None:
+        totals["packed size"] = (
+            f"{_size(description.packed_bytes)} ({description.bits_per_parameter:.3f} bits per "
+            "parameter)"
+        )
+    if sizes.disk_bytes:
+        totals["on disk"] = _compared(sizes.disk_bytes, 4 * sizes.float_numbers, "float32")
+    totals["resident"] = _compared(sizes.resident_bytes, 2 * sizes.float_numbers, "bfloat16")
     width = max(map(len, totals))
     for name, value in totals.items():
         print(f"{name:<{width}}  {value}")
 
 
-def _row(layer: LayerDescription) -> tuple[str, ...]:
+def _compared(count: int, other: int, name: str) -> str:
+    return f"{_size(count)} (the float model in {name}: {_size(other)}, {other / count:.2f}x)"
+
+
+def _row(layer: LayerDescription, effective_bits: float) -> tuple[str, ...]:
     rotation = layer.rotation
     turned = "-"
     if rotation is not None:
@@ -98,7 +182,7 @@ def _row(layer: LayerDescription) -> tuple[str, ...]:
         str(layer.activation_bits) if layer.multiply_adds else "-",
         str(layer.rank) if layer.rank else "-",
         turned,
-        f"{layer.effective_weight_bits:.2f}",
+        f"{effective_bits:.2f}",
         "-" if layer.zero_fraction is None else f"{layer.zero_fraction:.1%}",
     )
 

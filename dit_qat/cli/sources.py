@@ -13,7 +13,7 @@ from dit_qat.dit.models.packed_source import load_packed_dit, locate_weights
 from dit_qat.dit.training.loading import load_checkpoint, read_checkpoint
 from dit_qat.export.manifest import is_packed_folder, read_manifest
 
-__all__ = ["Source", "load_network", "load_source"]
+__all__ = ["Source", "load_source"]
 
 _LATENTS = "Latents"  # the data module, under whose name Lightning keeps what it has to say
 
@@ -28,6 +28,7 @@ class Source:
         weights: ``ema`` of a checkpoint, ``packed``, or ``float``.
         step: Optimizer steps behind a checkpoint.
         latent_space: What the latents mean that a checkpoint was trained on.
+        folder: Where packed weights are.
     """
 
     network: DiT
@@ -35,6 +36,7 @@ class Source:
     weights: str
     step: int | None = None
     latent_space: LatentSpace | None = None
+    folder: Path | None = None
 
 
 def load_source(
@@ -64,15 +66,10 @@ def load_source(
     return Source(network, str(checkpoint), "ema", int(content["global_step"]), space)
 
 
-def load_network(checkpoint: Path | None, weights: str | None, device: torch.device) -> DiT:
-    """The network of :func:`load_source`."""
-    return load_source(checkpoint, weights, device).network
-
-
 def _load_packed(folder: Path, name: str, device: torch.device | str) -> Source:
     provenance = read_manifest(folder).provenance
     space, step = _latent_space(folder, provenance.get("latent_space")), provenance.get("step")
-    return Source(load_packed_dit(folder, device), name, "packed", step, space)
+    return Source(load_packed_dit(folder, device), name, "packed", step, space, folder)
 
 
 def _latent_space(source: Path, saved: Mapping[str, Any] | None) -> LatentSpace | None:

@@ -34,7 +34,7 @@ from dit_qat.dit.training import (
     last_checkpoint,
 )
 from dit_qat.dit.training.runs import check_run, claim_run, read_metrics, resume_path
-from dit_qat.dit.training.slurm import is_restarted
+from dit_qat.dit.training.slurm import goes_on, sign
 from dit_qat.export.files import locked, write_json
 
 __all__ = ["TrainingCLI", "run_training"]
@@ -97,7 +97,7 @@ class TrainingCLI(LightningCLI):
                 "not epochs; set trainer.max_steps to at least 1"
             )
         root = Path(config.trainer.default_root_dir)
-        if self.subcommand == "fit" and is_restarted():
+        if self.subcommand == "fit" and goes_on(root):
             self._go_on(config, root)
         inside = False
         if config.ckpt_path is not None:
@@ -150,6 +150,7 @@ class TrainingCLI(LightningCLI):
             self.held.enter_context(locked(root))
             if self.starts_anew:
                 claim_run(root, config.overwrite)
+                sign(root)
         self.started = time.perf_counter()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

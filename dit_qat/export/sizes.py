@@ -46,11 +46,13 @@ class Disk:
 class TensorSize(NamedTuple):
     """One tensor of a model.
 
-    ``disk`` is zero where the file does not hold it; ``numbers`` counts codes, not their bytes.
+    ``disk`` is zero where the file does not hold it; ``numbers`` counts codes, not their bytes;
+    ``quantized`` is the layer that it belongs to.
     """
 
     layer: str
     leaf: str
+    quantized: bool
     part: str
     numbers: int
     disk: int
@@ -90,7 +92,7 @@ class Sizes:
     @property
     def float_numbers(self) -> int:
         """Parameters of the float model of the same architecture."""
-        return sum(tensor.numbers for tensor in self.tensors if tensor.leaf not in _DERIVED)
+        return sum(t.numbers for t in self.tensors if not (t.quantized and t.leaf in _DERIVED))
 
     @property
     def by_part(self) -> dict[str, Size]:
@@ -187,8 +189,10 @@ def _measured(model: nn.Module, disk: Mapping[str, int]) -> Iterator[TensorSize]
             numbers = tensor.numel()
             if isinstance(module, PackedLinear) and leaf == "codes":
                 numbers = module.out_features * module.in_features
-            part = _part(layer or leaf, leaf, isinstance(module, PackedLinear | QuantLinear))
-            yield TensorSize(layer, leaf, part, numbers, disk.get(name, 0), tensor.nbytes)
+            quantized = isinstance(module, PackedLinear | QuantLinear)
+            part = _part(layer or leaf, leaf, quantized)
+            on_disk = disk.get(name, 0)
+            yield TensorSize(layer, leaf, quantized, part, numbers, on_disk, tensor.nbytes)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -20,7 +20,8 @@ class AMPNConfig(RobuQConfig):
 
     Attributes:
         activation_bits: Of all block linears during the warm-up; 0: the highest choice. (After a
-            warm-up at two bits the weights make up for just these, and hide which layer needs more.)
+            warm-up at two bits the weights make up for just these, and hide which layer needs
+            more.)
         average_bits: Budget: largest mean of the block linears' bits, weighted by their weights.
         choices: Bits that a layer can get.
         warmup_steps: Optimizer steps before the layers are scored and the bits allocated.

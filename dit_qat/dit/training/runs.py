@@ -17,6 +17,7 @@ RESULTS = (
     "metrics.json",
     "bit_map.json",
     "bit_map.png",
+    ".job",
 )
 """What a training run leaves in its folder."""
 
