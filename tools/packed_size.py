@@ -114,9 +114,7 @@ def _load(folder: Path, runs: int) -> dict[str, Any]:
         "read_warm": _median(runs, lambda: _read(path), lambda: _read(path)),
         "load_warm": _median(runs, lambda: load_quantized(folder), lambda: _read(path)),
     }
-    before = _memory("VmRSS")
     model = load_quantized(folder)
-    resident = _memory("VmRSS") - before
     x, t, y = fixed_inputs(model)
     with torch.inference_mode():
         model(x[:1], t[:1], y[:1])
@@ -126,7 +124,6 @@ def _load(folder: Path, runs: int) -> dict[str, Any]:
         "float_parameters": sizes.float_numbers,
         "times_smaller_than_float32_on_disk": 4 * sizes.float_numbers / sizes.disk_bytes,
         "times_smaller_than_bfloat16_resident": 2 * sizes.float_numbers / sizes.resident_bytes,
-        "process_grew_by_bytes": resident,
         "seconds": times,
         "load_over_read_cold": times["load_cold"] / times["read_cold"],
         "load_over_read_warm": times["load_warm"] / times["read_warm"],

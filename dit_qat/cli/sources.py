@@ -11,7 +11,7 @@ from dit_qat.dit.models import DiT, load_dit
 from dit_qat.dit.models.autoencoder import LatentSpace
 from dit_qat.dit.models.packed_source import load_packed_dit, locate_weights
 from dit_qat.dit.training.loading import load_checkpoint, read_checkpoint
-from dit_qat.export.manifest import is_packed_folder, read_manifest
+from dit_qat.export.manifest import read_manifest
 
 __all__ = ["Source", "load_source"]
 
@@ -56,8 +56,8 @@ def load_source(
         )
     if checkpoint is None:
         assert weights is not None
-        path = locate_weights(weights)
-        if is_packed_folder(path):
+        path, packed = locate_weights(weights)
+        if packed:
             return _load_packed(path, weights, device)
         return Source(load_dit(path, device).eval(), weights, "float")
     content = read_checkpoint(checkpoint)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DiTPipeline
 
-from dit_qat.allocation import make_bit_map
+from dit_qat.allocation import BitMap
 from dit_qat.cli.main import main
 from dit_qat.dit.evaluation import load_images
 from dit_qat.dit.methods import RobuQ
@@ -35,16 +35,10 @@ def bit_map(tmp_path, checkpoint):
 
     def write(bits, prefix="blocks.0."):
         names = [prefix + name for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
-        content = {
-            "layers": names,
-            "bits": bits,
-            "costs": [1, 1, 1, 1],
-            "choices": [2, 3, 4],
-            "scores": [[1.0, 0.5, 0.2]] * 4,
-            "score": "output",
-            "average_asked": 3.0,
-            "step": 6,
-        }
+        scores = ((1.0, 0.5, 0.2),) * 4
+        content = BitMap(
+            tuple(names), tuple(bits), (1,) * 4, (2, 3, 4), scores, "output", 3.0
+        ).as_dict()
         path = tmp_path / "bit_map.json"
         write_json(path, content)
         return path
@@ -144,8 +138,10 @@ def test_a_pipeline_is_written_beside_it(tmp_path, make_vae, refused, capsys):
     sizes = {"input_size": 4, "in_channels": 4, "hidden_size": 32, "depth": 1, "num_heads": 1}
     vae = tmp_path / "vae"
     make_vae(scaling_factor=0.2).save_pretrained(vae)
-    network = DiT(**sizes, num_classes=1000)
-    module = DiTTraining(network, RobuQ(rank=2, distillation=0.0))
+    module = DiTTraining(DiT(**sizes, num_classes=1000), RobuQ(rank=2, distillation=0.0))
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
     space = vars(load_autoencoder(str(vae)).space)
     content = {
         "global_step": 1,
@@ -183,5 +179,6 @@ def test_a_damaged_packed_folder_is_no_source(packed, tmp_path, refused):
     (folder / "config.json").write_text("{")
     assert "config.json is no JSON" in refused(*sample)
     (folder / "config.json").unlink()
-    assert "config.json" in refused(*sample)
+    assert "there is no" in refused(*sample)
+    assert "there is no" in refused(*sample[:-1], folder / "model.safetensors")
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,6 @@ from dit_qat.export.manifest import (
     CONFIG_FILE,
     TENSOR_FILE,
     Manifest,
-    is_packed_folder,
     read_manifest,
 )
 
@@ -91,9 +90,8 @@ class HubModel:
         from dit_qat.dit.models.packed_source import load_packed_dit, locate_weights
         from dit_qat.dit.models.weights import load_dit
 
-        path = locate_weights(source)
-        load = load_packed_dit if is_packed_folder(path) else load_dit
-        return load(path, device)
+        path, packed = locate_weights(source)
+        return load_packed_dit(path, device) if packed else load_dit(path, device)
 
     def save_pretrained(self, folder: str | os.PathLike[str], license: str | None = None) -> None:
         """Write model.safetensors, config.json and README.md, replacing files of these names.

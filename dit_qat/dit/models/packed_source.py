@@ -2,9 +2,11 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from dit_qat.dit.models.dit import DiT
 from dit_qat.dit.models.hub import HTTP_ERROR
@@ -19,18 +21,22 @@ from dit_qat.export.manifest import (
 )
 from dit_qat.export.tensor_file import open_tensors
 
-__all__ = ["load_packed_dit", "locate_weights"]
+__all__ = ["Located", "load_packed_dit", "locate_weights"]
 
 
-def locate_weights(source: str | os.PathLike[str]) -> Path:
+class Located(NamedTuple):
+    """Where weights are: a packed folder, or float weights as ``locate`` finds them."""
+
+    path: Path
+    packed: bool
+
+
+def locate_weights(source: str | os.PathLike[str]) -> Located:
     """Find float or packed weights; download them if the source is a hub id.
 
     Args:
         source: A packed folder, a hub id of one, or a source of
             :func:`~dit_qat.dit.models.load_dit`.
-
-    Returns:
-        A packed folder (for which :func:`is_packed_folder` holds), or where float weights are.
 
     Raises:
         FileNotFoundError: if there are none.
@@ -39,13 +45,14 @@ def locate_weights(source: str | os.PathLike[str]) -> Path:
     """
     name, path = os.fspath(source), Path(source)
     if path.is_dir() and is_packed_folder(path):
-        return path
+        return Located(path, packed=True)
     found = locate(source)
-    if found.name != TENSOR_FILE or found == path or not _holds_packed(found):
-        return found
-    if not path.is_dir():  # a repository, of which only the weights are here yet
+    # By the tensors as well: config.json may be damaged, or not have come yet.
+    if found.name != TENSOR_FILE or not _holds_packed(found):
+        return Located(found, packed=False)
+    if not path.exists():
         _fetch_config(name, found)
-    return found.parent
+    return Located(found.parent, packed=True)
 
 
 def load_packed_dit(folder: Path, device: torch.device | str = "cpu") -> DiT:
@@ -77,7 +84,7 @@ def _fetch_config(name: str, weights: Path) -> None:
     """Download the other file, of the commit of the weights, to where they are."""
     try:
         hf_hub_download(name, CONFIG_FILE, revision=weights.parent.name)
-    except (OSError, HTTP_ERROR) as error:
+    except (OSError, HTTP_ERROR, EntryNotFoundError) as error:
         raise OSError(
             f"{name}: holds packed weights, whose {CONFIG_FILE} could not be downloaded "
             f"({type(error).__name__}: {error}); check the connection, and repeat the command"

@@ -8,6 +8,7 @@ from huggingface_hub import constants
 
 from dit_qat import LayerConfig, Rule, quantize_
 from dit_qat.dit.models import DiT, hub
+from dit_qat.export import write_packed
 
 
 class FakeApi:
@@ -29,6 +30,17 @@ class FakeApi:
         self.calls.append(("upload_folder", options))
         self.uploaded.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
         return SimpleNamespace(commit_url="https://hub/commit/1")
+
+    def create_commit(self, *, operations, **options):
+        self.calls.append(("create_commit", options))
+        for operation in operations:
+            with operation.as_file() as file:
+                self.uploaded[operation.path_in_repo] = file.read()
+        return SimpleNamespace(commit_url="https://hub/commit/2")
+
+
+def contents_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_folder_holds_the_model(tmp_path, make_dit, same_state):
@@ -116,3 +128,54 @@ def test_the_mixin_leaves_the_module_as_it_was(make_dit, same_state):
     assert same_state(twin, model)
     assert not any("hub" in name for name in model.state_dict())
     assert list(DiT.__mro__)[:2] == [DiT, torch.nn.Module]
+
+
+@pytest.fixture
+def packed(tmp_path, make_dit):
+    network = quantize_(make_dit(), [Rule("blocks.*.mlp.*", LayerConfig(low_rank=None))])
+    write_packed(network, tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+def test_a_packed_folder_is_pushed_in_one_commit(packed, monkeypatch):
+    monkeypatch.setattr(hub, "HfApi", FakeApi)
+    before = contents_of(packed)
+    address = hub.push_packed_to_hub(
+        packed, "org/name", private=True, revision="beta", commit_message="Hello", license="mit"
+    )
+    assert address == "https://hub/commit/2"
+    assert [name for name, _ in FakeApi.calls] == [
+        "token",
+        "create_repo",
+        "create_branch",
+        "create_commit",
+    ]
+    assert FakeApi.calls[-1][1] == {
+        "repo_id": "org/name",
+        "revision": "beta",
+        "commit_message": "Hello",
+    }
+    assert FakeApi.uploaded.keys() == {"config.json", "model.safetensors", "README.md"}
+    for name in ("config.json", "model.safetensors"):
+        assert FakeApi.uploaded[name] == (packed / name).read_bytes()
+    card = FakeApi.uploaded["README.md"].decode()
+    for part in ("\nlicense: mit\n---\n", 'from_pretrained("org/name")', "4 linear layers"):
+        assert part in card
+    assert contents_of(packed) == before
+
+
+def test_a_damaged_folder_is_not_pushed(packed, monkeypatch):
+    monkeypatch.setattr(hub, "HfApi", FakeApi)
+    FakeApi.calls = []
+    content = bytearray((packed / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (packed / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="are not those that were written"):
+        hub.push_packed_to_hub(packed, "org/name")
+    assert FakeApi.calls == []
+
+
+def test_a_hub_that_refuses_a_packed_folder_is_explained(packed, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"org/name: not uploaded \(.*upload the folder"):
+        hub.push_packed_to_hub(packed, "org/name", token="x")
