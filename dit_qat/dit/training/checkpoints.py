@@ -87,6 +87,7 @@ class Checkpoints(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep_every_n_steps = keep_every_n_steps
         self.stopped_by: signal.Signals | None = None
+        self._received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._requeue_signal: signal.Signals | None = None
 
@@ -142,12 +143,16 @@ class Checkpoints(Checkpoint):
                 requeue()
 
     def _agree(self, trainer: pl.Trainer) -> None:
-        """Stop all processes after the same step, by the same signal, whichever of them got it."""
-        if trainer.world_size == 1:
-            return
-        number = torch.tensor(self.stopped_by or 0, device=trainer.strategy.root_device)
-        largest = int(trainer.strategy.reduce(number, reduce_op="max"))
-        self.stopped_by = signal.Signals(largest) if largest else None
+        """Stop all processes after the same step, by the same signal, whichever of them got it.
+
+        What comes in while they talk, or while a checkpoint is written, counts for the next step.
+        """
+        received = self._received
+        if trainer.world_size > 1:
+            number = torch.tensor(received or 0, device=trainer.strategy.root_device)
+            largest = int(trainer.strategy.reduce(number, reduce_op="max"))
+            received = signal.Signals(largest) if largest else None
+        self.stopped_by = received
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the signals back; later would be after Lightning has put back what it replaced."""
@@ -160,10 +165,10 @@ class Checkpoints(Checkpoint):
         self._restore_signals()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped_by is not None and number == signal.SIGINT:
+        if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stopped_by = signal.Signals(number)
-        _LOG.warning("%s: stopping after this step", self.stopped_by.name)
+        self._received = signal.Signals(number)
+        _LOG.warning("%s: stopping after this step", self._received.name)
 
     def _restore_signals(self) -> None:
         handlers: dict[signal.Signals, Callable[..., Any] | int] = self._previous

@@ -1,7 +1,9 @@
 """Checkpoint files: whole or not at all; EMA: parameters only."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,3 +251,22 @@ def test_last_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
 def test_intervals_are_checked(every: int) -> None:
     with pytest.raises(ValueError, match=r"checkpoints\.every_n_steps"):
         Checkpoints(every_n_steps=every)
+
+
+def test_a_signal_that_comes_while_processes_agree_counts_for_the_next_step() -> None:
+    checkpoints = Checkpoints()
+
+    class Strategy:
+        root_device = torch.device("cpu")
+
+        def reduce(self, number: torch.Tensor, reduce_op: str) -> torch.Tensor:
+            assert reduce_op == "max"
+            if not number:
+                checkpoints._on_signal(signal.SIGTERM, None)
+            return number
+
+    trainer: Any = SimpleNamespace(world_size=2, strategy=Strategy())
+    checkpoints._agree(trainer)
+    assert checkpoints.stopped_by is None  # the others do not know of it yet
+    checkpoints._agree(trainer)
+    assert checkpoints.stopped_by is signal.SIGTERM

@@ -206,7 +206,7 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(tmp_path: Path) -
     )
     wait_for_checkpoint(root, process)
     process.send_signal(signal.SIGTERM)  # to the first process only
-    output, _ = process.communicate()
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "stopped by SIGTERM at step" in output
     assert output.count("stopped by") == 1
