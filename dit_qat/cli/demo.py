@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Literal
 
 from dit_qat.cli.output import claim
-from dit_qat.dit.demo import DemoSettings, run_demo
+from dit_qat.dit.demo import PACKED, DemoSettings, run_demo
 
 __all__ = ["RESULTS", "demo"]
 
 RESULTS = (
     "checkpoints",
     "baselines",
+    PACKED,
     "float.png",
     "quantized.png",
     "side_by_side.png",
@@ -40,8 +41,8 @@ def demo(
     """Quantization-aware training of the shipped digits DiT, samples, scores, and a report.
 
     Starts from the float model that ships with the package; trains at ternary weights, samples
-    both models, and leaves pictures, metrics.json, report.html and a checkpoint for
-    ``dit-qat sample``.
+    both models, and leaves pictures, metrics.json, report.html, a checkpoint, and the packed
+    model, both for ``dit-qat sample``.
 
     Args:
         out: Folder for the results.
@@ -64,6 +65,7 @@ def demo(
     settings.check()
     claim(out, RESULTS, overwrite)
     metrics = run_demo(out, settings, print)
+    packed = metrics["packed"]
     quantized, reference = metrics["quantized"], metrics["float"]["fd_digits"]
     print(f"\n{'model':<24}{'FD-digits':>10}{'x float':>9}")
     rows = {"float": reference, f"{quantized['method']} W1.58A{bits}": quantized["fd_digits"]}
@@ -73,6 +75,8 @@ def demo(
     print(
         f"\n{quantized['average_bits']:.2f} activation bits, "
         f"{quantized['effective_weight_bits']:.2f} effective weight bits (1.58 plus scales and the "
-        f"rank-{rank} branch of these narrow layers); {metrics['seconds']:.0f} s\n"
+        f"rank-{rank} branch of these narrow layers)\n"
+        f"packed: {packed['float32_bytes'] / packed['bytes']:.1f}x smaller than float32, "
+        f"{packed['pixels_equal']:.2%} of its pixels equal; {metrics['seconds']:.0f} s\n"
         f"report: {out / 'report.html'}"
     )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from dit_qat.dit.exporting import METRICS, Exported, check_target, export_network
+from dit_qat.dit.methods import AMPN, Method
 from dit_qat.dit.training.bit_maps import read_bit_map
 from dit_qat.dit.training.loading import load_checkpoint, read_checkpoint
 from dit_qat.export.layer_entry import Storage
@@ -42,13 +43,15 @@ def export_checkpoint(
         overwrite: As there.
 
     Raises:
-        ValueError: for a checkpoint that is damaged, not quantized, or trained with other bits; as
-            :func:`export_network`.
+        ValueError: for a checkpoint that is damaged, not quantized, in AMPN's warm-up, or trained
+            with other bits; as :func:`export_network`.
         OSError: if a file is missing, or the folder is in use or cannot be written.
     """
     check_target(folder, overwrite)
     content = read_checkpoint(checkpoint)
-    network = load_checkpoint(checkpoint, weights).network
+    module = load_checkpoint(checkpoint, weights)
+    _check_allocated(module.method, checkpoint)
+    network = module.network
     if bit_map is not None:
         _check_bits(network, checkpoint, bit_map)
     return export_network(
@@ -60,6 +63,16 @@ def export_checkpoint(
         float_dtype=float_dtype,
         overwrite=overwrite,
     )
+
+
+def _check_allocated(method: Method | None, checkpoint: Path) -> None:
+    if isinstance(method, AMPN) and method.bits is None:
+        raise ValueError(
+            f"{checkpoint} is from AMPN's warm-up: its layers still have "
+            f"{method.config.activation_bits} activation bits each, not the "
+            f"{method.config.average_bits:g} on average that were asked for; take a checkpoint of "
+            f"after step {method.config.warmup_steps}"
+        )
 
 
 def _check_bits(network: nn.Module, checkpoint: Path, bit_map: Path) -> None:

@@ -15,6 +15,7 @@ from dit_qat.dit.data import digit_images
 from dit_qat.dit.evaluation.images import image_grid, save_png
 from dit_qat.dit.evaluation.sensitivity import Sensitivity, layer_sensitivity
 from dit_qat.dit.experiment import Curve, Recipe, Scored, digits_sampler, score, train_quantized
+from dit_qat.dit.exporting import compare_pixels
 from dit_qat.dit.methods import AMPN, BitNetV2, Method, MinMax, RobuQ
 from dit_qat.dit.models import load_dit
 from dit_qat.dit.report import (
@@ -33,7 +34,10 @@ from dit_qat.export.files import write_json, written_whole
 from dit_qat.export.inspect import describe
 from dit_qat.layers import quantize_
 
-__all__ = ["DemoSettings", "baselines", "run_demo"]
+__all__ = ["PACKED", "DemoSettings", "baselines", "run_demo"]
+
+PACKED = "packed"
+"""Folder of the packed model."""
 
 _SHOWN = 100
 _SENSITIVITY_BITS = (1, 2, 3, 4)
@@ -147,7 +151,7 @@ def run_demo(
                 baseline, recipe, settings.seed, out / "baselines" / name, progress
             )
             others[name] = score(other.network, sampler, settings.samples, progress)
-    say("4/4 writing the report")
+    say("4/4 packing the model, drawing from it once more, and writing the report")
     model = describe(module.network)
     metrics = {
         "float": scored_float.scores,
@@ -161,7 +165,7 @@ def run_demo(
             **({"bit_map": read_bit_map(out / BIT_MAP).by_layer} if settings.ampn else {}),
         },
         "baselines": {name: other.scores for name, other in others.items()},
-        "packed": None,
+        "packed": compare_pixels(module.network, out / PACKED, sampler, scored.images),
         "settings": vars(settings),
         "versions": _versions(),
         "seconds": time.perf_counter() - started,
@@ -221,6 +225,7 @@ def _write_page(
         },
         average_bits=quantized["average_bits"],
         effective_weight_bits=quantized["effective_weight_bits"],
+        packed=metrics["packed"],
         samples=(out / "side_by_side.png").read_bytes(),
         loss=(out / "loss.png").read_bytes(),
         sensitivity=(out / "sensitivity.png").read_bytes(),

@@ -157,7 +157,7 @@ def compare_pixels(
         images: Images 0, 1, ... of all classes in turn, uint8; one batch of them is compared.
 
     Returns:
-        The bytes of the packed model, and the share of pixels that are the same.
+        Bytes of the packed model and of the float one, and the share of pixels that are the same.
     """
     exported = export_network(network, folder, overwrite=True)
     packed = load_quantized(folder)
@@ -165,7 +165,11 @@ def compare_pixels(
     count = min(len(images), sampler.batch_size)
     [(_, drawn)] = sample_images(packed, sampler, range(count))
     same = to_uint8(drawn.cpu()) == images[:count].cpu()
-    return {"bytes": exported.bytes, "pixels_equal": float(same.double().mean())}
+    return {
+        "bytes": exported.bytes,
+        "float32_bytes": 4 * exported.float_parameters,
+        "pixels_equal": float(same.double().mean()),
+    }
 
 
 def check_target(folder: Path, overwrite: bool) -> None:

@@ -21,7 +21,12 @@ def test_demo_leaves_everything_and_does_not_overwrite(
     left_out = {"baselines", "bit_map.json", "bit_map.png"}
     assert {path.name for path in out.iterdir()} == set(RESULTS) - left_out
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["packed"] is None
+    packed = metrics["packed"]
+    assert packed["pixels_equal"] >= 0.999
+    assert packed["bytes"] == sum(
+        (out / "packed" / name).stat().st_size for name in ("config.json", "model.safetensors")
+    )
+    assert 4 * packed["bytes"] < packed["float32_bytes"]
     assert metrics["baselines"] == {}
     assert metrics["seconds"] > 0
     quantized = metrics["quantized"]

@@ -8,10 +8,11 @@ from diffusers import DiTPipeline
 from dit_qat.allocation import BitMap
 from dit_qat.cli.main import main
 from dit_qat.dit.evaluation import load_images
-from dit_qat.dit.methods import RobuQ
+from dit_qat.dit.methods import AMPN, RobuQ
 from dit_qat.dit.models import DiT
 from dit_qat.dit.models.autoencoder import load_autoencoder
 from dit_qat.dit.training import DiTTraining
+from dit_qat.dit.training.specs import spec_of
 from dit_qat.export import read_manifest
 from dit_qat.export.files import write_json
 
@@ -103,6 +104,23 @@ def test_an_allocation_must_be_that_of_the_training(checkpoint, bit_map, tmp_pat
     assert "there is no bit map" in refused(*command, tmp_path / "none.json")
     assert not (tmp_path / "m").exists()
     assert main([*map(str, command), str(bit_map([3, 3, 3, 3]))]) == 0
+
+
+def test_a_checkpoint_of_the_warm_up_has_no_allocation_yet(checkpoint, tmp_path, refused):
+    content = torch.load(checkpoint, weights_only=True)
+    settings = content["hyper_parameters"]["method"]["init_args"]
+    method = AMPN(**settings, average_bits=2, warmup_steps=7)
+    content["hyper_parameters"]["method"] = spec_of(method)
+    early, out = tmp_path / "early.ckpt", tmp_path / "m"
+    torch.save(content, early)
+    message = refused("export", "--checkpoint", early, "--out", out)
+    assert "still have 3 activation bits each" in message
+    assert "of after step 7" in message
+    assert not out.exists()
+    bits = dict.fromkeys((f"blocks.0.{name}" for name in ("attn.qkv", "mlp.fc1")), 3)
+    content["hyper_parameters"]["method"] = spec_of(method.with_bits(bits))
+    torch.save(content, early)
+    assert main(["export", "--checkpoint", str(early), "--out", str(out)]) == 0
 
 
 def test_what_cannot_be_exported(checkpoint, float_run, packed, tmp_path, refused, contents):

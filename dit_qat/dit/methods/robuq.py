@@ -13,6 +13,7 @@ from dit_qat.layers import (
     TernaryWeight,
 )
 from dit_qat.layers.activation import StraightThrough
+from dit_qat.layers.linear import BranchDtype
 from dit_qat.primitives.ternary import TernaryFit
 
 __all__ = ["RobuQ", "RobuQConfig"]
@@ -45,6 +46,7 @@ class RobuQConfig:
         preset: ``paper``: as published, where it is known. ``exact``: what measured better.
         activation_bits: 1..4 for qkv, proj, fc1 and fc2; higher works too.
         rank: Rank of the float branch.
+        branch_dtype: What the branch is rounded to, in training and packed; 16 bits pack smaller.
         adaln_bits: Activation bits of the adaLN linears, whose weights are ternary as well.
         signs: Random signs before the Hadamard rotation.
         center: Subtract every token's mean before quantizing.
@@ -63,6 +65,7 @@ class RobuQConfig:
     preset: Literal["paper", "exact"] = "exact"
     activation_bits: int = 4
     rank: int = 16
+    branch_dtype: BranchDtype = "float32"
     adaln_bits: int = 4
     signs: bool | None = None
     center: bool | None = None
@@ -122,7 +125,7 @@ class RobuQ(Method):
             weight=TernaryWeight(c.fit, c.per_channel),
             activation=self._activation(c.activation_bits),
             rotation=HadamardRotation(bool(c.signs), c.block_size),
-            low_rank=LowRank(c.rank, c.branch_start) if c.rank else None,
+            low_rank=LowRank(c.rank, c.branch_start, dtype=c.branch_dtype) if c.rank else None,
         )
 
     def _activation(self, bits: int) -> RobustQuantizer:

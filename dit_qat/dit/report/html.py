@@ -31,6 +31,8 @@ class Report:
         quantized_scores: Those of the quantized model.
         average_bits: Mean activation bits of the quantized layers.
         effective_weight_bits: Stored bits per weight, scales and branches included.
+        packed: ``bytes`` of the packed model, ``float32_bytes`` of the float one, and the share
+            ``pixels_equal`` of pixels that it draws as the trained one does; None if not packed.
         samples: Samples of both models.
         loss: Loss curves.
         sensitivity: Heat map of layer sensitivities, if measured.
@@ -53,6 +55,7 @@ class Report:
     quantized_scores: Mapping[str, float]
     average_bits: float
     effective_weight_bits: float
+    packed: Mapping[str, float] | None
     samples: bytes = field(repr=False)
     loss: bytes = field(repr=False)
     sensitivity: bytes | None = field(default=None, repr=False)
@@ -136,7 +139,19 @@ def _headline(report: Report) -> str:
             rows.append(_headline_row(label, before[name], after[name], ".3f"))
     rows.append(_headline_row("Average activation bits", 32, report.average_bits, ".3g"))
     rows.append(_headline_row("Effective weight bits", 32, report.effective_weight_bits, ".3g"))
-    return _table(("", "Float", "Quantized", "Quantized / float"), rows)
+    if report.packed is not None:
+        sizes = (report.packed[key] / 1e6 for key in ("float32_bytes", "bytes"))
+        rows.append(_headline_row("Size of the file, MB", *sizes, ".2f"))
+    table = _table(("", "Float", "Quantized", "Quantized / float"), rows)
+    return table if report.packed is None else table + _pixels(report.packed)
+
+
+def _pixels(packed: Mapping[str, float]) -> str:
+    text = (
+        "The packed model, which multiplies integers, was run as well: "
+        f"{packed['pixels_equal']:.4%} of the pixels it draws are those of the trained network."
+    )
+    return f'<p class="note">{escape(text)}</p>'
 
 
 def _headline_row(label: str, before: float, after: float, form: str) -> tuple[str, ...]:
@@ -250,6 +265,7 @@ th:last-child, td:last-child { padding-right: 0; }
 thead th { color: var(--faint); font-size: .85rem; font-weight: 500; vertical-align: bottom; }
 tbody th { font-weight: 400; }
 figure { margin: 0 0 1rem; }
+p.note { margin: .6rem 0 0; }
 img { display: block; box-sizing: border-box; width: 100%; height: auto; background: #fff; }
 figcaption { margin-top: .4rem; color: var(--faint); font-size: .85rem; }
 ul { margin: 0; padding-left: 1.1rem; }

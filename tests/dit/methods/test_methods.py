@@ -12,6 +12,7 @@ from dit_qat.dit.models import DiT, load_dit
 from dit_qat.layers import (
     AbsMeanQuantizer,
     LayerConfig,
+    LowRank,
     MinMaxQuantizer,
     QuantAttention,
     QuantLinear,
@@ -34,6 +35,14 @@ def test_robuq_gives_every_layer_rotation_branch_and_gaussian_grid() -> None:
         assert config.rotation is not None
         assert config.low_rank is not None
         assert config.low_rank.rank == 3
+
+
+@pytest.mark.parametrize("method", [RobuQ, AMPN])
+def test_a_16_bit_branch_is_trained_as_it_is_packed(method: type[RobuQ]) -> None:
+    for config in layers(method(rank=3, branch_dtype="bfloat16")).values():
+        assert config.low_rank == LowRank(3, dtype="bfloat16")
+    with pytest.raises(ValueError, match="dtype='int8' is unknown"):
+        method(branch_dtype="int8")  # type: ignore[arg-type]
 
 
 def test_presets_differ_where_the_docs_say() -> None:

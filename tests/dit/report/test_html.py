@@ -36,6 +36,7 @@ REPORT = Report(
     },
     average_bits=2.125,
     effective_weight_bits=2.37,
+    packed={"bytes": 640_000, "float32_bytes": 5_120_000, "pixels_equal": 0.99995},
     samples=SAMPLES,
     loss=LOSS,
 )
@@ -119,6 +120,14 @@ def test_scores_stand_beside_each_other_with_their_ratio(page):
     assert rows["Class accuracy"] == ["0.990", "0.970", "0.98"]
     assert rows["Average activation bits"] == ["32", "2.12", "0.07"]
     assert rows["Effective weight bits"] == ["32", "2.37", "0.07"]
+    assert rows["Size of the file, MB"] == ["5.12", "0.64", "0.12"]
+    assert "99.9950% of the pixels" in page(REPORT).text
+
+
+def test_a_model_that_was_not_packed_has_no_size(page):
+    found = page(replace(REPORT, packed=None))
+    assert "Size of the file, MB" not in {row[0] for row in found.rows}
+    assert "packed model, which" not in found.text
 
 
 def test_scores_that_were_not_computed_have_no_row(page):
