@@ -94,21 +94,40 @@ class BitMap:
             )
         try:
             rows = content["layers"]
-            return cls(
+            found = cls(
                 layers=tuple(str(row["name"]) for row in rows),
-                bits=tuple(int(row["bits"]) for row in rows),
-                costs=tuple(int(row["cost"]) for row in rows),
-                choices=tuple(int(b) for b in content["choices"]),
+                bits=tuple(_whole(row["bits"]) for row in rows),
+                costs=tuple(_whole(row["cost"]) for row in rows),
+                choices=tuple(_whole(b) for b in content["choices"]),
                 scores=tuple(tuple(float(s) for s in row["scores"]) for row in rows),
                 score=str(content["score"]),
                 average_asked=float(content["average_asked"]),
-                step=content["step"],
+                step=None if content["step"] is None else int(content["step"]),
             )
+            found._check()
+            return found
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{source} is a damaged bit map ({type(error).__name__}: {error}); make it again "
                 "with dit-qat allocate"
             ) from error
+
+    def _check(self) -> None:
+        """Raise ValueError if the parts do not belong together."""
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise ValueError("no layers, or one of them twice")
+        for name, bits, row in zip(self.layers, self.bits, self.scores, strict=True):
+            if bits not in self.choices or len(row) != len(self.choices):
+                raise ValueError(
+                    f"{name} has {bits} bits and {len(row)} scores, with "
+                    f"{len(self.choices)} choices ({', '.join(map(str, self.choices))})"
+                )
+
+
+def _whole(number: Any) -> int:
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"{number!r} is no whole number from 1 up")
+    return number
 
 
 def make_bit_map(
@@ -129,7 +148,7 @@ def make_bit_map(
     Raises:
         ValueError: as :func:`bit_bounds` and :func:`allocate_bits`.
     """
-    limits = bit_bounds(layers, bounds)
+    limits = bit_bounds(layers, bounds, choices)
     bits = allocate_bits(scores, costs, choices, average, bounds=limits)
     return BitMap(
         tuple(layers),

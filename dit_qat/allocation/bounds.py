@@ -10,15 +10,19 @@ BoundRule = int | tuple[int, int]
 """Fixed bits, or the least and the most bits."""
 
 
-def bit_bounds(layers: Sequence[str], rules: Mapping[str, BoundRule]) -> dict[int, tuple[int, int]]:
+def bit_bounds(
+    layers: Sequence[str], rules: Mapping[str, BoundRule], choices: Sequence[int] | None = None
+) -> dict[int, tuple[int, int]]:
     """Resolve rules to bounds by layer index, as :func:`allocate_bits` takes them.
 
     Args:
         layers: Names, in the order of the allocation.
         rules: Bounds by glob over the names; in order, the last one that matches wins.
+        choices: Bits that there are to choose from; None: any.
 
     Raises:
-        ValueError: for a glob that matches no layer, with near names, or bounds in the wrong order.
+        ValueError: for a glob that matches no layer, with near names, bounds in the wrong order, or
+            such as no choice meets.
 
     Example:
         >>> bit_bounds(("attn.qkv", "mlp.fc2"), {"*": (1, 3), "mlp.*": 2})
@@ -32,7 +36,13 @@ def bit_bounds(layers: Sequence[str], rules: Mapping[str, BoundRule]) -> dict[in
             raise ValueError(
                 f"bounds: {pattern!r} matches no layer; near names: {', '.join(near) or 'none'}"
             )
-        found |= dict.fromkeys(matching, _both_ends(pattern, rule))
+        low, high = _both_ends(pattern, rule)
+        if choices is not None and not any(low <= b <= high for b in choices):
+            raise ValueError(
+                f"bounds: {pattern!r} asks for {low} to {high} bits, but the choices are "
+                f"{', '.join(map(str, choices))}; widen it, or add a choice"
+            )
+        found |= dict.fromkeys(matching, (low, high))
     return found
 
 

@@ -62,6 +62,10 @@ def knapsack(
     ascending = tuple(int(choices[column]) for column in order)
     values = sensitivity[:, order].copy()
     for layer, (low, high) in bounds.items():
+        if not 0 <= layer < len(values):
+            raise ValueError(
+                f"bounds name layer {layer}, but layers go from 0 to {len(values) - 1}"
+            )
         allowed = [low <= b <= high for b in ascending]
         if not any(allowed):
             raise ValueError(

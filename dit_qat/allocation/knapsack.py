@@ -21,6 +21,8 @@ __all__ = ["Solver", "allocate_bits", "solve_by_milp", "solve_by_table"]
 Solver = Literal["auto", "milp", "table"]
 
 _LARGEST_TABLE = 50_000_000
+_MOST_BYTES = 2 * 2**30
+_ROW_BYTES = 32  # of an entry of the sums: before, after, a candidate, whether it is better
 _VALUE_SPAN = 1e6  # HiGHS stops at an absolute gap of 1e-6: far below any difference that counts
 
 
@@ -39,7 +41,8 @@ def allocate_bits(
     that HiGHS finds first, which is always the same one.
 
     Args:
-        sensitivity: (L, B), what layer l costs in quality at ``choices[b]`` bits; finite.
+        sensitivity: (L, B), what layer l costs in quality at ``choices[b]`` bits; finite. Tensors
+            may be of any dtype, on any device.
         cost: (L,), positive: what a bit of layer l costs, such as its number of weights.
         choices: (B,) bits, whole, in any order.
         average: Largest allowed mean of bits, weighted by cost.
@@ -52,15 +55,18 @@ def allocate_bits(
 
     Raises:
         ValueError: A budget below what choices and bounds allow, naming the feasible range; shapes
-            that do not fit; values that are not finite; bounds that leave a layer no choice.
+            that do not fit; values that are not finite; bounds that leave a layer no choice; a
+            table of more than 2 GiB, where one was asked for.
 
     Example:
         >>> allocate_bits([[9.0, 1.0], [2.0, 1.0]], [1, 1], [1, 2], 1.5).tolist()
         [2, 1]
     """
+    if isinstance(sensitivity, Tensor):
+        sensitivity = sensitivity.detach().to("cpu", torch.float64).numpy()
     values = np.asarray(sensitivity, dtype=np.float64)
-    costs: list[float] = np.asarray(cost).tolist()
-    problem = knapsack(values, costs, [*choices], average, bounds or {})
+    costs: list[float] = (cost if isinstance(cost, Tensor) else np.asarray(cost)).tolist()
+    problem = knapsack(values, costs, [*choices], float(average), bounds or {})
     size = len(problem.units) * len(problem.choices) * problem.capacity
     if solver == "table" or (solver == "auto" and size <= _LARGEST_TABLE):
         columns = solve_by_table(problem)
@@ -74,9 +80,19 @@ def solve_by_table(problem: Knapsack) -> list[int]:
 
     ``best[k]`` is the least sum of the layers so far that take exactly k units together. Ties go to
     fewer units in all, then to fewer bits in later layers.
+
+    Raises:
+        ValueError: for a table of more than 2 GiB.
     """
     most = sum(problem.choices[-1] * units for units in problem.units)
     room = min(problem.capacity, most) + 1
+    size = room * (len(problem.units) + _ROW_BYTES)
+    if size > _MOST_BYTES:
+        raise ValueError(
+            f"solver='table' would take {size / 2**30:.3g} GiB, for the costs come to "
+            f"{sum(problem.units):.3g} units of their greatest common divisor; use solver='milp', "
+            "or round the costs to multiples of a larger unit"
+        )
     best = np.full(room, np.inf)
     best[0] = 0.0
     taken = np.zeros((len(problem.units), room), dtype=np.int8)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tqdm import tqdm
 
 from dit_qat.allocation import BitMap
 from dit_qat.cli.output import check_claim, claim
@@ -129,6 +130,7 @@ def _run(subject: _Subject, truth: DiT | None, source: StepData, seed: int, out:
         out,
         reference=None if truth is None else truth.to(subject.device),
         progress=True,
+        say=tqdm.write,
     )
     found = allocate_by(subject.method, network, rows, subject.step)
     write_bit_map(out, found)

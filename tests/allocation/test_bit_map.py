@@ -35,6 +35,10 @@ def test_rules_bound_the_map() -> None:
     [
         ({"*.attn.prj": 2}, r"'\*\.attn\.prj' matches no layer; near names: .*attn\.proj"),
         ({"*": (4, 2)}, "at least 4 and at most 2 bits"),
+        (
+            {"*.mlp.*": (5, 8)},
+            r"'\*\.mlp\.\*' asks for 5 to 8 bits, but the choices are 1, 2, 3, 4",
+        ),
     ],
 )
 def test_rules_that_mean_nothing_are_refused(rules, message: str) -> None:
@@ -72,5 +76,26 @@ def test_means_by_type_are_over_blocks() -> None:
     ],
 )
 def test_anything_else_is_refused(content, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BitMap.from_dict(content, "file.json")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"bits": 2.7}, r"2\.7 is no whole number"),
+        ({"bits": "2"}, "'2' is no whole number"),
+        ({"cost": 0}, "0 is no whole number from 1 up"),
+        (
+            {"bits": 8},
+            r"blocks\.0\.attn\.qkv has 8 bits and 4 scores, with 4 choices \(1, 2, 3, 4\)",
+        ),
+        ({"scores": [1.0]}, "1 scores, with 4 choices"),
+        ({"name": LAYERS[1]}, "one of them twice"),
+    ],
+)
+def test_a_map_that_was_changed_by_hand_is_not_half_believed(changed, message: str) -> None:
+    content = bit_map().as_dict()
+    content["layers"][0] |= changed
     with pytest.raises(ValueError, match=message):
         BitMap.from_dict(content, "file.json")

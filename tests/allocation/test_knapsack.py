@@ -76,6 +76,35 @@ def test_a_dit_xl_takes_less_than_a_second(solver: Solver) -> None:
     assert summed(errors, choices, bits) < summed(errors, choices, [2] * 112)
 
 
+def test_costs_without_a_common_unit_take_less_than_a_second_and_no_table() -> None:
+    generator = np.random.default_rng(0)
+    errors = np.array([0.363, 0.119, 0.0374, 0.0115]) * generator.lognormal(size=(112, 1))
+    choices = (1, 2, 3, 4)
+    for cost in (generator.uniform(1, 5, 112), generator.integers(1, 10**9, 112)):
+        started = time.perf_counter()
+        bits = allocate_bits(errors, cost, choices, 2.0)
+        assert time.perf_counter() - started < 1
+        assert average_bits(bits.tolist(), cost.tolist()) <= 2
+        assert summed(errors, choices, bits) < summed(errors, choices, [2] * 112)
+        # Rounded down to whole units the costs are less, so that the optimum is no worse.
+        rounded = np.floor(cost / cost.max() * 1000)
+        capacity = 2.0 * cost.sum() / cost.max() * 1000
+        relaxed = allocate_bits(errors, rounded, choices, capacity / rounded.sum(), solver="table")
+        assert summed(errors, choices, bits) >= summed(errors, choices, relaxed) - 1e-9
+        assert summed(errors, choices, bits) == pytest.approx(
+            summed(errors, choices, relaxed), rel=2e-2
+        )
+        with pytest.raises(ValueError, match=r"solver='table' would take .* GiB.*solver='milp'"):
+            allocate_bits(errors, cost, choices, 2.0, solver="table")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_come_as_they_are(dtype: torch.dtype) -> None:
+    errors = torch.tensor([[4.0, 1.0, 0.5], [9.0, 2.0, 0.25]], dtype=dtype, requires_grad=True)
+    bits = allocate_bits(errors, torch.tensor([1.0, 2.0], dtype=dtype), (1, 2, 4), np.float32(2.5))
+    assert torch.equal(bits, allocate_bits(errors.tolist(), [1, 2], (1, 2, 4), 2.5))
+
+
 def test_the_quoted_map_of_robuq_has_the_quoted_average() -> None:
     # Means over 28 blocks of qkv, proj, fc1 and fc2 (arXiv:2509.23582), sizes 3:1:4:4.
     totals = {"qkv": (62, 3), "proj": (77, 1), "fc1": (56, 4), "fc2": (46, 4)}
@@ -137,6 +166,7 @@ def test_choices_may_come_in_any_order() -> None:
     [
         ({"average": 0.9}, r"average=0\.9 bits cannot be met.* from 1 to 4"),
         ({"average": 1.4, "bounds": {1: (3, 4)}}, r"allow averages from 1\.75 to 4"),
+        ({"bounds": {2: (1, 2)}}, "bounds name layer 2, but layers go from 0 to 1"),
         ({"bounds": {0: (5, 8)}}, "layer 0 must have 5 to 8 bits, but the choices are 1, 2, 4"),
         ({"sensitivity": [[1.0, float("nan"), 0.0], [1.0, 1.0, 1.0]]}, r"sensitivity of layer 0"),
         ({"sensitivity": [[1.0, 1.0], [1.0, 1.0]]}, r"shape \(2, 2\), with 2 costs and 3 choices"),

@@ -32,6 +32,7 @@ def test_a_map_is_written_printed_and_taken_by_a_training_run(
     assert found.by_layer["blocks.0.mlp.fc1"] <= 2
     assert set(found.bits) <= {1, 2, 4}
     assert found.step == 6
+    assert "4 layers at 3 bit-widths: " in printed
     for kind in ("attn.proj", "attn.qkv", "mlp.fc1", "mlp.fc2"):
         assert f"{kind}" in printed
     assert f"{found.average_bits:.4f} bits on average" in printed
@@ -70,6 +71,8 @@ def test_the_same_checkpoint_gives_the_same_map(tmp_path: Path, checkpoint: Path
         (("--bounds", '{"*.atn.*": 2}'), "'*.atn.*' matches no layer; near names: blocks.0.attn"),
         (("--choices", 1, 12), "choices=(1, 12)"),
         (("--timesteps", 0), "must be at least 1"),
+        (("--timesteps", 1001), "score_timesteps=1001 is beyond"),
+        (("--bounds", '{"*": [5, 8]}'), "'*' asks for 5 to 8 bits, but the choices are 1, 2, 3, 4"),
         (("--reference", "digits", "--data", "nowhere"), "nowhere"),
         (("--data", "nowhere"), "nowhere"),
         (("--device", "gpu"), "gpu is no device"),

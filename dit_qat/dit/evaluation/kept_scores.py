@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,35 +47,44 @@ def score_layers(
     *,
     reference: nn.Module | None = None,
     rank: int = 0,
+    processes: int = 1,
     progress: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, list[float]]:
     """Score layers at every choice, rows on disk being taken over where they belong.
+
+    Several processes deal the layers out; the scores do not depend on how many there are.
 
     Args:
         network: In evaluation mode; see :func:`layer_sensitivity`, for errors as well.
         images: Clean images (N, C, H, W).
         labels: (N,), or None.
-        layers: Names.
+        layers: Names, of all processes.
         settings: What to measure.
         folder: Where rows are kept, in ``.scores.RANK.json``; the caller removes them when done.
         reference: Network whose output is true; None: this one, ``layers`` at the highest choice.
         rank: Which of the processes that share the work this is.
+        processes: How many there are.
         progress: Show a bar.
+        say: Told how long it is going to take.
 
     Returns:
-        Scores by choice, by layer.
+        Scores by choice, by layer, of this process's share of the layers.
     """
+    own = layers[rank::processes]
+    if not own:
+        return {}
     subject = {
         **asdict(settings),
         "choices": [*settings.choices],
         "network": _digest(network),
         "reference": None if reference is None else _digest(reference),
-        "images": _digest_of([images]),
+        "images": _digest_of([images] if labels is None else [images, labels]),
     }
     rows = {name: row for path in kept_files(folder) for name, row in _kept(path, subject).items()}
-    known = {name: rows[name] for name in layers if name in rows}
-    if known:
-        _LOG.info("%d of %d layers were scored before", len(known), len(layers))
+    known = {name: rows[name] for name in own if name in rows}
+    if known and say is not None:
+        say(f"{len(known)} of {len(own)} layers were scored before")
 
     def keep(name: str, row: list[float]) -> None:
         known[name] = row
@@ -88,13 +97,14 @@ def score_layers(
         settings.choices,
         settings.seed,
         settings.timesteps,
-        layers=layers,
+        layers=own,
         score=settings.score,
         reference=reference,
-        reference_bits=max(settings.choices),
+        reference_bits=dict.fromkeys(layers, max(settings.choices)),
         known=dict(known),
         on_row=keep,
         progress=progress,
+        say=say,
     )
     return dict(zip(table.layers, table.matrix.tolist(), strict=True))
 

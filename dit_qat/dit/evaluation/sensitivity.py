@@ -8,15 +8,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from math import isfinite
 from statistics import fmean
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from dit_qat.dit.diffusion import NoiseSchedule
-from dit_qat.dit.evaluation.local_sensitivity import Batch, local_gradient_rows
+from dit_qat.dit.evaluation.local_sensitivity import Batch, in_parts, local_gradient_rows
+from dit_qat.dit.evaluation.meter import Meter
 from dit_qat.dit.randomness import generator_for
 from dit_qat.layers import ActivationQuantizer, LayerConfig, QuantLinear
 from dit_qat.layers.statistics import normalized_error
@@ -76,10 +77,11 @@ def layer_sensitivity(
     layers: Sequence[str] = BLOCK_LINEARS,
     score: Score = "output",
     reference: nn.Module | None = None,
-    reference_bits: int | None = None,
+    reference_bits: Mapping[str, int] | None = None,
     known: Mapping[str, Sequence[float]] | None = None,
     on_row: Callable[[str, list[float]], None] | None = None,
     progress: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Sensitivity:
     """Measure S[l, b]: layer l alone at b activation bits, all others as they are.
 
@@ -98,28 +100,34 @@ def layer_sensitivity(
         score: How an entry is found.
         reference: Network whose output is taken as true, such as the float teacher, on the same
             device; by default ``network`` as it stands, so that present bits have error 0, or
-        reference_bits: with all ``layers`` at these bits.
+        reference_bits: with these bits by layer.
         known: Rows by layer that are not to be measured again.
         on_row: Called with every row that was measured, so that it can be kept.
-        progress: Whether to show a bar over layers.
+        progress: Whether to show a bar.
+        say: Told, once it shows, how long the measurement is going to take.
 
     Raises:
         ValueError: No bits, or such as a quantizer refuses, timesteps outside 1..1000, a glob that
-            matches no layer with an activation quantizer, or a reference that is not finite.
+            matches no layer with an activation quantizer, or outputs that are not finite.
     """
     chosen = quantized_linears(network, layers)
-    _check([*bits, reference_bits or bits[0]] if bits else bits, timesteps, chosen)
+    _check(bits, timesteps, chosen)
     rows = {name: list(row) for name, row in (known or {}).items() if name in chosen}
     missing = {name: layer for name, layer in chosen.items() if name not in rows}
     if missing:
         device = next(network.parameters()).device
         inputs = list(_noisy_batches(images, labels, seed, timesteps, device))
-        truth = _truth(network, chosen.values(), inputs, images.shape[1], reference, reference_bits)
-        found = _ROWS[score](network, inputs, truth, missing, bits)
-        for name, row in tqdm(found, "sensitivity", len(missing), disable=not progress):
-            rows[name] = row
-            if on_row is not None:
-                on_row(name, row)
+        truth = _truth(network, inputs, images.shape[1], reference, reference_bits or {})
+        what = f"{len(missing)} layers at {len(bits)} bit-widths"
+        batches = sum(1 for batch in inputs for _ in in_parts(batch))
+        passes = _passes(missing, bits) if score == "output" else 1
+        # A pass and one batch more: only at its end a pass waits for the GPU.
+        with Meter(what, passes * batches, batches + 1, progress, say) as meter:
+            for name, row in _ROWS[score](network, inputs, truth, missing, bits, meter.tick):
+                _require_finite(name, bits, row)
+                rows[name] = row
+                if on_row is not None:
+                    on_row(name, row)
     matrix = torch.tensor([rows[name] for name in chosen], dtype=torch.float64)
     present, costs = _bits_and_costs(chosen.values())
     return Sensitivity(tuple(chosen), tuple(bits), matrix, present, costs)
@@ -236,18 +244,32 @@ def _noisy_batches(
         yield x_t, t, None if labels is None else labels.to(device)
 
 
+def _passes(layers: Mapping[str, QuantLinear], bits: Sequence[int]) -> int:
+    """Over all inputs, for the output's error: at present bits only one, for all layers."""
+    return 1 + sum(b != _quantizer(layer).bits for layer in layers.values() for b in bits)
+
+
+def _require_finite(layer: str, bits: Sequence[int], row: Sequence[float]) -> None:
+    broken = [b for b, error in zip(bits, row, strict=True) if not isfinite(error)]
+    if broken:
+        raise ValueError(
+            f"with {layer!r} at {', '.join(map(str, broken))} bits the network's output is not "
+            "finite; leave these bits out of the choices, or, where it is so at all bits, check "
+            "the weights and the learning rates that led to them"
+        )
+
+
 def _truth(
     network: nn.Module,
-    layers: Iterable[QuantLinear],
     inputs: Sequence[Batch],
     channels: int,
     reference: nn.Module | None,
-    reference_bits: int | None,
+    reference_bits: Mapping[str, int],
 ) -> list[Tensor]:
     with ExitStack() as stack:
-        if reference is None and reference_bits is not None:
-            for layer in layers:
-                stack.enter_context(activation_bits(layer, reference_bits))
+        if reference is None:
+            for name, layer in quantized_linears(network, [*reference_bits]).items():
+                stack.enter_context(activation_bits(layer, reference_bits[name]))
         truth = _predictions(network if reference is None else reference, inputs, channels)
     if not all(bool(output.isfinite().all()) for output in truth):
         raise ValueError(
@@ -257,15 +279,20 @@ def _truth(
     return truth
 
 
+def _nothing() -> None:
+    """What a batch that nobody counts does."""
+
+
 def _output_rows(
     network: nn.Module,
     inputs: Sequence[Batch],
     truth: Sequence[Tensor],
     layers: Mapping[str, QuantLinear],
     bits: Sequence[int],
+    tick: Callable[[], None],
 ) -> Iterator[tuple[str, list[float]]]:
     """The error of the output itself: a pass over the inputs per layer and bits."""
-    unchanged = _error(network, inputs, truth)
+    unchanged = _error(network, inputs, truth, tick)
     for name, layer in layers.items():
         row = []
         for b in bits:
@@ -273,18 +300,32 @@ def _output_rows(
                 row.append(unchanged)
             else:
                 with activation_bits(layer, b):
-                    row.append(_error(network, inputs, truth))
+                    row.append(_error(network, inputs, truth, tick))
         yield name, row
 
 
 @torch.no_grad()
-def _predictions(network: nn.Module, inputs: Iterable[Batch], channels: int) -> list[Tensor]:
-    return [network(*batch)[:, :channels] for batch in inputs]
+def _predictions(
+    network: nn.Module, inputs: Iterable[Batch], channels: int, tick: Callable[[], None] = _nothing
+) -> list[Tensor]:
+    found = []
+    for batch in inputs:
+        parts = []
+        for part in in_parts(batch):
+            parts.append(network(*part)[:, :channels])
+            tick()
+        found.append(torch.cat(parts))
+    return found
 
 
-def _error(network: nn.Module, inputs: Sequence[Batch], truth: Sequence[Tensor]) -> float:
+def _error(
+    network: nn.Module,
+    inputs: Sequence[Batch],
+    truth: Sequence[Tensor],
+    tick: Callable[[], None] = _nothing,
+) -> float:
     """Mean over timesteps of the normalised error."""
-    found = _predictions(network, inputs, truth[0].shape[1])
+    found = _predictions(network, inputs, truth[0].shape[1], tick)
     return fmean(normalized_error(*pair) for pair in zip(found, truth, strict=True))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from dit_qat.allocation import BoundRule
 from dit_qat.dit.evaluation.sensitivity import BLOCK_LINEARS, Score
@@ -12,6 +12,7 @@ from dit_qat.layers import QuantConfig, Rule
 __all__ = ["AMPN", "AMPNConfig"]
 
 _MOST_BITS = 8
+_MOST_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class AMPNConfig(RobuQConfig):
             to be allocated after the warm-up. With a bit map there is no warm-up.
 
     Raises:
-        ValueError: for choices, an average or counts out of range.
+        ValueError: for choices, an average or counts out of range, or an unknown score.
     """
 
     activation_bits: int = 0
@@ -66,6 +67,13 @@ class AMPNConfig(RobuQConfig):
                 "warmup_steps, score_images and score_timesteps must be at least 1, not "
                 f"{', '.join(map(str, counts))}"
             )
+        if self.score_timesteps > _MOST_TIMESTEPS:
+            raise ValueError(
+                f"score_timesteps={self.score_timesteps} is beyond the {_MOST_TIMESTEPS} of the "
+                "schedule; 8 are usually enough"
+            )
+        if self.score not in get_args(Score):
+            raise ValueError(f"score={self.score!r} is unknown; use one of {get_args(Score)}")
         if not self.activation_bits:
             object.__setattr__(self, "activation_bits", max(choices))
 

@@ -1,14 +1,13 @@
 """AMPN's turning point: after the warm-up, score every layer, allocate bits, train on with them."""
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from dit_qat.allocation import BitMap, make_bit_map
@@ -17,17 +16,17 @@ from dit_qat.dit.evaluation.kept_scores import ScoreSettings, kept_files, score_
 from dit_qat.dit.evaluation.sensitivity import quantized_linears
 from dit_qat.dit.methods import AMPN
 from dit_qat.dit.models import DiT
+from dit_qat.dit.processes import Processes
 from dit_qat.dit.report import bit_map_plot
 from dit_qat.dit.training.bit_maps import set_bits_
-from dit_qat.dit.training.ema import ema_network
+from dit_qat.dit.training.checkpoints import Checkpoints
+from dit_qat.dit.training.ema import ema_network, refuse_sharded
 from dit_qat.dit.training.module import DiTTraining
 from dit_qat.export.files import write_json, written_whole
 
 __all__ = ["BIT_MAP", "PICTURE", "BitAllocation", "allocate_by", "first_images", "write_bit_map"]
 
 BIT_MAP, PICTURE = "bit_map.json", "bit_map.png"
-
-_LOG = logging.getLogger(__name__)
 
 Rows = dict[str, list[float]]
 
@@ -40,8 +39,8 @@ class BitAllocation(pl.Callback):
     network at the highest choice. The bits go into the network, its average and the
     hyper-parameters, from which checkpoints rebuild; scores and bits into ``<root>/bit_map.json``
     and ``bit_map.png``. Images and noise are functions of the run's seed. Processes deal the
-    layers out. Rows are kept on disk as they are found, so that a run killed meanwhile, resumed
-    from a checkpoint of the warm-up, goes on with them.
+    layers out. Rows are kept on disk as they are found, and ``Checkpoints`` write one when the
+    warm-up is over, so that a run killed meanwhile goes on with these rows.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -49,12 +48,13 @@ class BitAllocation(pl.Callback):
 
         Raises:
             ValueError: for a warm-up as long as the run, bounds that match no layer or cannot be
-                met, or data without draws.
+                met, data without draws, or sharded weights.
         """
         method = _to_allocate(pl_module)
         if stage != "fit" or method is None:
             return
         config = method.config
+        refuse_sharded(trainer, "AMPN cannot score layers of", "give the method a bit_map")
         if 0 <= trainer.max_steps <= config.warmup_steps:
             raise ValueError(
                 f"method.warmup_steps={config.warmup_steps} leaves none of trainer.max_steps="
@@ -66,6 +66,9 @@ class BitAllocation(pl.Callback):
         names = [*quantized_linears(network, method.layers)]
         # The errors of the budget and its bounds, now rather than after the warm-up.
         allocate_by(method, network, dict.fromkeys(names, [0.0] * len(config.choices)), step=0)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Checkpoints):
+                callback.also_after.add(config.warmup_steps)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -81,10 +84,9 @@ class BitAllocation(pl.Callback):
         for network in (pl_module.network, ema_network(trainer, pl_module)):
             set_bits_(network, found.by_layer)
         pl_module.change_method(method.with_bits(found.by_layer))
-        if trainer.is_global_zero:
-            write_bit_map(root, found)
-            _LOG.info("%.4g activation bits on average: %s", found.average_bits, found.mean_by_type)
-        trainer.strategy.barrier()
+        zero = trainer.is_global_zero
+        _processes(trainer).together(lambda: write_bit_map(root, found) if zero else None)
+        rank_zero_info(_summary(found, root))
         for path in kept_files(root):
             path.unlink(missing_ok=True)
 
@@ -140,28 +142,42 @@ def _data_of(trainer: pl.Trainer) -> StepData:
 
 def _scored(trainer: pl.Trainer, module: DiTTraining, method: AMPN, root: Path) -> Rows:
     """Scores of all layers, on every process alike."""
-    config, network, rank = method.config, module.network, trainer.global_rank
-    data = _data_of(trainer)
-    images, labels = first_images(data, config.score_images, data.run_seed())
-    names: Sequence[str] = [*quantized_linears(network, method.layers)][rank :: trainer.world_size]
+    config, network, processes = method.config, module.network, _processes(trainer)
     settings = ScoreSettings(config.choices, config.score, config.score_timesteps, module.seed)
-    with _measuring(trainer, network):
-        rows = score_layers(
-            network,
-            images,
-            labels if network.num_classes else None,
-            names,
-            settings,
-            root,
-            reference=module.teacher,
-            rank=rank,
-            progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
-        )
-    if trainer.world_size == 1:
-        return rows
-    parts: list[Rows] = [rows] * trainer.world_size
-    dist.all_gather_object(parts, rows)
-    return {name: row for part in parts for name, row in part.items()}
+
+    def score() -> Rows:
+        data = _data_of(trainer)
+        images, labels = first_images(data, config.score_images, data.run_seed())
+        with _measuring(trainer, network):
+            return score_layers(
+                network,
+                images,
+                labels if network.num_classes else None,
+                [*quantized_linears(network, method.layers)],
+                settings,
+                root,
+                reference=module.teacher,
+                rank=processes.rank,
+                processes=processes.world_size,
+                progress=processes.is_zero and trainer.progress_bar_callback is not None,
+                say=_say if processes.is_zero else None,
+            )
+
+    return {name: row for part in processes.together(score) for name, row in part.items()}
+
+
+def _processes(trainer: pl.Trainer) -> Processes:
+    """The processes of a run: what one of them fails at here, all of them report."""
+    return Processes(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
+
+
+def _say(text: str) -> None:
+    rank_zero_info(f"AMPN, process 0: {text}")
+
+
+def _summary(found: BitMap, root: Path) -> str:
+    means = ", ".join(f"{kind} {mean:.2f}" for kind, mean in found.mean_by_type.items())
+    return f"{found.average_bits:.4g} activation bits on average ({means}): {root / BIT_MAP}"
 
 
 @contextmanager

@@ -73,6 +73,9 @@ class Checkpoints(Checkpoint):
         every_n_steps: Optimizer steps between checkpoints.
         keep_every_n_steps: Steps between checkpoints kept under their own name; 0 for none.
 
+    Attributes:
+        also_after: Further steps after which to write one, for what must not be lost.
+
     Raises:
         ValueError: for an interval below 1.
     """
@@ -86,6 +89,7 @@ class Checkpoints(Checkpoint):
             )
         self.every_n_steps = every_n_steps
         self.keep_every_n_steps = keep_every_n_steps
+        self.also_after: set[int] = set()
         self.stopped_by: signal.Signals | None = None
         self._received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
@@ -132,7 +136,7 @@ class Checkpoints(Checkpoint):
         step, kept = trainer.global_step, self.keep_every_n_steps
         ending = self.stopped_by is not None or step == trainer.max_steps
         path = last_checkpoint(Path(trainer.default_root_dir))
-        if ending or step % self.every_n_steps == 0:
+        if ending or step % self.every_n_steps == 0 or step in self.also_after:
             trainer.save_checkpoint(path)
         if kept and step % kept == 0:
             trainer.save_checkpoint(path.with_name(f"step_{step:07d}.ckpt"))

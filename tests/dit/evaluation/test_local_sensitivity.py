@@ -88,6 +88,25 @@ def test_checkpointed_blocks_give_the_same(make_dit: Make) -> None:
     assert torch.allclose(*tables, rtol=1e-6)
 
 
+def test_blocks_are_recomputed_where_training_recomputes_them(make_dit: Make) -> None:
+    network = quantize_(make_dit(), RobuQ(activation_bits=2, rank=2).quant_config()).eval()
+    labels = torch.arange(6) % 3
+    calls: list[bool] = []
+    network.blocks[0].register_forward_pre_hook(lambda block, _: calls.append(block.training))
+    tables, counts = [], []
+    for network.gradient_checkpointing in (False, True):
+        calls.clear()
+        table = layer_sensitivity(
+            network, images(2), labels, (1, 2), timesteps=2, score="local_gradient"
+        )
+        tables.append(table.matrix)
+        counts.append(len(calls))
+        assert not any(calls)  # the layers stay in evaluation mode
+        assert not network.training
+    assert counts == [2 * (1 + 1), 2 * (1 + 2)]  # per timestep: the reference, and the pass
+    assert torch.allclose(*tables, rtol=1e-6)
+
+
 def test_rows_that_are_known_are_not_measured_again(make_dit: Make) -> None:
     network = quantize_(make_dit(), RobuQ(activation_bits=2, rank=2).quant_config())
     names = [*quantized_linears(network)]
@@ -119,8 +138,10 @@ def test_rows_that_are_known_are_not_measured_again(make_dit: Make) -> None:
 def test_without_a_teacher_the_highest_bits_can_be_the_truth(make_dit: Make) -> None:
     network = quantize_(make_dit(), RobuQ(activation_bits=4, rank=2).quant_config())
     labels = torch.arange(6) % 3
-    own = layer_sensitivity(network, images(2), labels, (2, 4), timesteps=1)
-    high = layer_sensitivity(network, images(2), labels, (2, 4), timesteps=1, reference_bits=4)
+    names = [*quantized_linears(network)]
+    given = (network, images(2), labels, (2, 4))
+    own = layer_sensitivity(*given, timesteps=1)
+    high = layer_sensitivity(*given, timesteps=1, reference_bits=dict.fromkeys(names, 4))
     assert torch.equal(own.matrix, high.matrix)
-    higher = layer_sensitivity(network, images(2), labels, (2, 4), timesteps=1, reference_bits=8)
+    higher = layer_sensitivity(*given, timesteps=1, reference_bits=dict.fromkeys(names, 8))
     assert (higher.matrix[:, 1] > 0).all()

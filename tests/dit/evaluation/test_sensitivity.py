@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from dit_qat.dit.diffusion import NoiseSchedule
+from dit_qat.dit.evaluation import local_sensitivity
 from dit_qat.dit.evaluation.sensitivity import activation_bits, layer_sensitivity
 from dit_qat.dit.methods import RobuQ
 from dit_qat.dit.models import DiT
@@ -195,3 +196,44 @@ def test_a_broken_reference_is_refused(network, data):
         teacher.final_layer.linear.bias[0] = torch.nan
     with pytest.raises(ValueError, match="output is not finite"):
         layer_sensitivity(network, *data, bits=(2,), reference=teacher)
+
+
+@pytest.mark.parametrize("score", ["output", "local_gradient"])
+def test_many_images_go_through_in_parts(network, data, monkeypatch, score):
+    given = {"bits": (2, 4), "timesteps": 2, "score": score}
+    whole = layer_sensitivity(network, *data, **given).matrix
+    rows = []
+    network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    monkeypatch.setattr(local_sensitivity, "PART", 4)
+    parts = layer_sensitivity(network, *data, **given).matrix
+    assert set(rows) == {4, 2}
+    assert torch.allclose(parts, whole, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("score", "passes"), [("output", 1 + 8 * 2), ("local_gradient", 1)])
+def test_the_work_is_told_before_it_is_done(network, data, score, passes):
+    network(torch.zeros(1, 1, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    calls, said = [], []
+    network.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def say(text):
+        said.append((len(calls), text))
+
+    layer_sensitivity(network, *data, bits=(2, 3, 4), timesteps=2, score=score, say=say)
+    ((after, text),) = said
+    assert len(calls) == 2 * (1 + passes)  # the reference comes on top
+    assert after < len(calls) / 2 or score == "local_gradient"
+    assert text.startswith(f"8 layers at 3 bit-widths: {2 * passes} batches, about ")
+
+
+def test_an_error_that_is_not_finite_is_named_and_not_kept(network, data):
+    layer = network.get_submodule("blocks.0.mlp.fc1")
+    kept = {}
+
+    def spoil(module, _, output):
+        return output * (torch.nan if module.config.activation.bits == 1 else 1)
+
+    layer.register_forward_hook(spoil)
+    with pytest.raises(ValueError, match=r"'blocks\.0\.mlp\.fc1' at 1 bits the network's output"):
+        layer_sensitivity(network, *data, (1, 2), timesteps=1, on_row=kept.__setitem__)
+    assert [*kept] == ["blocks.0.attn.qkv", "blocks.0.attn.proj"]

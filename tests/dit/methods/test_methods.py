@@ -105,6 +105,8 @@ def test_ampn_is_robuq_until_it_has_a_bit_map() -> None:
         ({"average_bits": 0.5}, r"average_bits=0\.5 is outside 1\.\.4"),
         ({"choices": (1, 9)}, r"choices=\(1, 9\) must be whole"),
         ({"choices": (2, 2)}, "each once"),
+        ({"score": "hessian"}, "score='hessian' is unknown"),
+        ({"score_timesteps": 1001}, "score_timesteps=1001 is beyond the 1000"),
         ({"choices": ()}, "must be whole"),
         ({"warmup_steps": 0}, "must be at least 1, not 0, "),
         ({"activation_bits": 9}, "bits=9 is outside"),

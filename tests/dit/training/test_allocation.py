@@ -9,13 +9,21 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import FSDPStrategy
 
 from dit_qat.dit.data import Digits
 from dit_qat.dit.evaluation import kept_scores
 from dit_qat.dit.evaluation.sensitivity import quantized_linears
 from dit_qat.dit.methods import AMPN, RobuQ
 from dit_qat.dit.models import DiT
-from dit_qat.dit.training import EMA, BitAllocation, Checkpoints, DiTTraining, last_checkpoint
+from dit_qat.dit.training import (
+    EMA,
+    BitAllocation,
+    Checkpoints,
+    DiTTraining,
+    allocation,
+    last_checkpoint,
+)
 from dit_qat.dit.training.bit_maps import read_bit_map
 from dit_qat.dit.training.loading import load_checkpoint
 
@@ -139,7 +147,8 @@ def test_a_run_killed_while_it_measures_goes_on_with_the_rows_it_has(
     root = tmp_path / "parts"
     monkeypatch.setattr(kept_scores, "write_json", write_two)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit(make_module(AMPN(**SHORT)), root, 4, callbacks())
+        fit(make_module(AMPN(**SHORT)), root, 4, callbacks(every_n_steps=100))
+    assert torch.load(last_checkpoint(root), weights_only=True)["global_step"] == 3
     kept = json.loads((root / ".scores.0.json").read_text())
     assert len(kept["rows"]) == 2
     monkeypatch.setattr(kept_scores, "write_json", write)
@@ -173,6 +182,28 @@ def test_rows_of_other_weights_are_not_taken_over(tmp_path: Path, make_module: M
     assert all(before[name] != after[name] for name in layers)
     (tmp_path / ".scores.0.json").write_text("{")
     assert scored() == after
+
+
+@pytest.mark.parametrize("processes", [2, 7])
+def test_scores_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, make_module: Make, processes: int
+) -> None:
+    # At 3 bits, so that the reference (all of them at 4) is another than the network as it is.
+    method = RobuQ(activation_bits=3, rank=2, distillation=0.0)
+    network = make_module(method).network.eval()
+    settings = kept_scores.ScoreSettings((1, 4), timesteps=1)
+    given = (network, torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))
+    layers = [*quantized_linears(network)]
+    alone = kept_scores.score_layers(*given, layers, settings, tmp_path / "alone")
+    shared: dict[str, list[float]] = {}
+    for rank in range(processes):
+        folder = tmp_path / f"of {processes}" / str(rank)
+        share = kept_scores.score_layers(
+            *given, layers, settings, folder, rank=rank, processes=processes
+        )
+        assert [*share] == layers[rank::processes]
+        shared |= share
+    assert shared == alone
 
 
 def test_local_gradient_is_a_score_as_well(tmp_path: Path, make_module: Make, fit: Fit) -> None:
@@ -257,3 +288,23 @@ def test_what_cannot_be_allocated_is_refused_before_any_step(
     with pytest.raises(ValueError, match=message):
         fit(make_module(AMPN(**(SHORT | changed))), tmp_path, 4, callbacks(), data=data)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_sharded_weights_are_not_scored(make_module: Make) -> None:
+    class Sharded:
+        strategy = FSDPStrategy.__new__(FSDPStrategy)
+
+    with pytest.raises(ValueError, match=r"sharded by FSDPStrategy.*give the method a bit_map"):
+        BitAllocation().setup(Sharded(), make_module(AMPN(**SHORT)), "fit")  # type: ignore[arg-type]
+
+
+def test_the_outcome_is_said(
+    tmp_path: Path, make_module: Make, fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(allocation, "rank_zero_info", said.append)
+    fit(make_module(AMPN(**SHORT)), tmp_path, 4, callbacks())
+    before, after = said
+    assert before.startswith("AMPN, process 0: 4 layers at 4 bit-widths: 26 batches, about ")
+    assert "activation bits on average (attn.proj " in after
+    assert str(tmp_path / "bit_map.json") in after
