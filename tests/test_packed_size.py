@@ -24,6 +24,10 @@ def test_every_number_is_of_a_real_file(tmp_path, monkeypatch):
         ratio = found["times_smaller_than_float32_on_disk"]
         assert ratio == pytest.approx(4 * floats / sum(files.values()))
         assert found["seconds"]["load_cold"] > 0
+        assert set(found["load_over_read"]) == {"cold", "warm"}
+        first = found["first_load_of_a_process"]
+        assert first["peak_bytes"] >= first["held_bytes"]
+        assert first["tensor_bytes"] <= found["measured"]["resident_bytes"]
         assert found["write_peak_bytes_beside_the_model"] >= 0
     one, other = (results["branch"][name]["measured"] for name in ("float32", "bfloat16"))
     assert other["disk_bytes"] < one["disk_bytes"]

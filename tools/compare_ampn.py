@@ -116,7 +116,7 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
     ]
     for method in sorted(cells, key=[*METHODS].index):
         runs = sorted(cells[method], key=lambda run: run["seed"])
-        fd = [statistics.mean(run["fd_draws"]) for run in runs]
+        fd = [statistics.mean(run.get("fd_draws", [run["fd_digits"]])) for run in runs]
         error = [run["output_error"] for run in runs]
         types = [run["bit_map"]["mean_by_type"].values() for run in runs if "bit_map" in run]
         means = ", ".join(f"{statistics.mean(kind):.2f}" for kind in zip(*types, strict=True))

@@ -6,7 +6,9 @@ Weights are random codes, since sizes do not depend on values: W1.58 with a low-
 block linear and adaLN linear, embedders and final layer float32, 1.6-bit storage. Once with a
 float32 branch, once with a bfloat16 one. Every number is of a real file or a real tensor. "cold"
 follows after the file's pages were dropped from the cache (posix_fadvise, that file only); reading
-means reading all its bytes once, loading means ``load_quantized``. Linux only.
+means reading all its bytes once into one small buffer, loading means ``load_quantized``; the two
+take turns. The first load of a fresh process comes apart: it alone pays for every page of memory.
+Linux only.
 """
 
 import argparse
@@ -16,6 +18,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
 
@@ -107,13 +111,9 @@ def _random_floats(shape: torch.Size, generator: torch.Generator) -> torch.Tenso
 
 
 def _load(folder: Path, runs: int) -> dict[str, Any]:
-    path = folder / TENSOR_FILE
-    times = {
-        "read_cold": _median(runs, lambda: _read(path), lambda: _drop(path)),
-        "load_cold": _median(runs, lambda: load_quantized(folder), lambda: _drop(path)),
-        "read_warm": _median(runs, lambda: _read(path), lambda: _read(path)),
-        "load_warm": _median(runs, lambda: load_quantized(folder), lambda: _read(path)),
-    }
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        first = fresh.submit(_first_load, folder).result()
+    timed = _timed(folder, runs)
     model = load_quantized(folder)
     x, t, y = fixed_inputs(model)
     with torch.inference_mode():
@@ -124,21 +124,57 @@ def _load(folder: Path, runs: int) -> dict[str, Any]:
         "float_parameters": sizes.float_numbers,
         "times_smaller_than_float32_on_disk": 4 * sizes.float_numbers / sizes.disk_bytes,
         "times_smaller_than_bfloat16_resident": 2 * sizes.float_numbers / sizes.resident_bytes,
-        "seconds": times,
-        "load_over_read_cold": times["load_cold"] / times["read_cold"],
-        "load_over_read_warm": times["load_warm"] / times["read_warm"],
+        **timed,
+        "first_load_of_a_process": first,
         "measured": {k: v for k, v in sizes.as_dict().items() if k != "layers"},
     }
 
 
-def _median(runs: int, what: Callable[[], object], before: Callable[[], object]) -> float:
-    seconds = []
+def _first_load(folder: Path) -> dict[str, float]:
+    """What one load costs a process that has loaded nothing before."""
+    _drop(folder / TENSOR_FILE)
+    _reset_peak()
+    before, started = _memory("VmRSS"), time.perf_counter()
+    model = load_quantized(folder)
+    return {
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": _memory("VmHWM") - before,
+        "held_bytes": _memory("VmRSS") - before,
+        "tensor_bytes": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+    }
+
+
+def _timed(folder: Path, runs: int) -> dict[str, Any]:
+    """Reading and loading in turn, so that whatever else the machine does slows both.
+
+    Medians of seconds, and of the ratios within a round.
+    """
+    path = folder / TENSOR_FILE
+    rounds: dict[str, list[float]] = {}
     for _ in range(runs):
-        before()
-        started = time.perf_counter()
-        what()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+        for state, prepare in (("cold", _drop), ("warm", _read)):
+            for what, act in (("read", _read), ("load", lambda path: load_quantized(path.parent))):
+                prepare(path)
+                rounds.setdefault(f"{what}_{state}", []).append(_seconds(act, path))
+    ratios = {
+        state: [
+            load / read
+            for load, read in zip(rounds[f"load_{state}"], rounds[f"read_{state}"], strict=True)
+        ]
+        for state in ("cold", "warm")
+    }
+    return {
+        "seconds": {name: statistics.median(seconds) for name, seconds in rounds.items()},
+        "load_over_read": {state: statistics.median(found) for state, found in ratios.items()},
+    }
+
+
+def _seconds(act: Callable[[Path], object], path: Path) -> float:
+    started = time.perf_counter()
+    result = act(path)
+    seconds = time.perf_counter() - started
+    del result  # which takes time as well
+    return seconds
 
 
 def _read(path: Path) -> None:

@@ -3,15 +3,17 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dit_qat.cli.sources import load_source
-from dit_qat.dit.convert.difference import Inputs, fixed_inputs, outputs
-from dit_qat.dit.models import DiT
+from dit_qat.dit.models.packed_source import locate_weights
 from dit_qat.dit.training.loading import read_checkpoint
 from dit_qat.export.files import write_json
 from dit_qat.export.inspect import LayerDescription, ModelDescription, describe
+from dit_qat.export.loader import load_quantized
 from dit_qat.export.sizes import Disk, Size, Sizes, measure, packed_disk
+from dit_qat.layers import PackedLinear
 
 __all__ = ["inspect"]
 
@@ -26,7 +28,7 @@ _PACKED = (
 )
 _FLOAT = "These are float weights: nothing is quantized."
 
-_HEADINGS = ("layer", "kind", "shape", "W bits", "A bits", "rank", "rotation", "effective W", "0s")
+_HEADINGS = ("layer", "kind", "shape", "W bits", "A bits", "rank", "input", "effective W", "0s")
 _SIZES = ("disk", "resident")
 _NETWORK = "network."  # before the names in a training checkpoint
 
@@ -41,8 +43,8 @@ def inspect(
 
     Args:
         checkpoint: A .ckpt of dit-qat fit, whose EMA weights are described.
-        weights: Other weights instead: a packed folder of dit-qat export, or float ones: digits, a
-            .safetensors file, a published .pt.
+        weights: Other weights instead: a packed folder of dit-qat export or dit-qat ptq, or float
+            ones: digits, a .safetensors file, a published .pt.
         out: JSON file for the same numbers.
         overwrite: Replace that file.
 
@@ -56,15 +58,8 @@ def inspect(
         raise FileExistsError(
             f"{out} exists; choose another --out, or pass --overwrite true to replace it"
         )
-    source = load_source(checkpoint, weights)
-    if source.folder is not None:
-        _draw_once(source.network)
-        disk, note = packed_disk(source.folder), _PACKED
-    elif checkpoint is not None:
-        disk, note = _checkpoint_disk(checkpoint), _SIMULATED
-    else:
-        disk, note = Disk({}, {}), _FLOAT
-    description, sizes = describe(source.network), measure(source.network, disk)
+    network, disk, note = _load(checkpoint, weights)
+    description, sizes = describe(network), measure(network, disk)
     note = note if description.quantized_layers else _FLOAT
     _print_layers(description, sizes)
     _print_parts(sizes)
@@ -75,10 +70,25 @@ def inspect(
         write_json(out, description.as_dict() | measured)
 
 
-def _draw_once(network: DiT) -> None:
-    """Have a packed network make what it makes at its first call, so that it counts."""
-    x, t, y = fixed_inputs(network)
-    outputs(network, Inputs(x[:1], t[:1], None if y is None else y[:1]))
+def _load(checkpoint: Path | None, weights: str | None) -> tuple[nn.Module, Disk, str]:
+    """A network, what its files hold, and what is to be said about both."""
+    if checkpoint is None and weights is not None:
+        path, packed = locate_weights(weights)
+        if packed:  # of any architecture
+            network = load_quantized(path)
+            _use_once(network)
+            return network, packed_disk(path), _PACKED
+    source = load_source(checkpoint, weights)
+    if checkpoint is None:
+        return source.network, Disk({}, {}), _FLOAT
+    return source.network, _checkpoint_disk(checkpoint), _SIMULATED
+
+
+def _use_once(network: nn.Module) -> None:
+    """Have packed layers make what they make at their first call, so that it counts."""
+    for layer in network.modules():
+        if isinstance(layer, PackedLinear):
+            layer(torch.zeros(1, layer.in_features))
 
 
 def _checkpoint_disk(checkpoint: Path) -> Disk:
@@ -143,9 +153,11 @@ def _print_totals(description: ModelDescription, sizes: Sizes) -> None:
         "weight bits, effective": f"{description.effective_weight_bits:.3f} "
         "(codes at log2(3) bits, float32 scales, branches)"
         if mean is None
-        else f"{mean[0]:.3f} on disk, {mean[1]:.3f} resident (codes, scales, branches)",
+        else f"{mean[0]:.3f} on disk, {mean[1]:.3f} resident (codes, scales, transforms, branches)",
         "activation bits": f"{description.average_activation_bits:.3f} "
         "(by multiply-adds, layers that see every token)",
+        "activation bits, plain": f"{description.mean_activation_bits:.3f} "
+        f"(the mean over those layers{_over_steps(description)})",
         "activation bits, adaLN": f"{description.per_image_activation_bits:.3f} "
         "(one token per image)",
         "attention product bits": ", ".join(map(str, sorted(bits))) or "float",
@@ -164,27 +176,42 @@ def _print_totals(description: ModelDescription, sizes: Sizes) -> None:
         print(f"{name:<{width}}  {value}")
 
 
+def _over_steps(description: ModelDescription) -> str:
+    count = sum(layer.policy for layer in description.layers)
+    return f", and over timesteps in {count} of them" if count else ""
+
+
 def _compared(count: int, other: int, name: str) -> str:
     return f"{_size(count)} (the float model in {name}: {_size(other)}, {other / count:.2f}x)"
 
 
 def _row(layer: LayerDescription, effective_bits: float) -> tuple[str, ...]:
-    rotation = layer.rotation
-    turned = "-"
-    if rotation is not None:
-        turned = "x".join(map(str, rotation.orders)) + (" signs" if rotation.signs else "")
-        turned += "" if rotation.block_size is None else f" blocks of {rotation.block_size}"
     return (
         layer.name or "(root)",
         layer.kind,
         "x".join(map(str, layer.shape)),
         f"{layer.weight_bits:.2f}",
-        str(layer.activation_bits) if layer.multiply_adds else "-",
+        _bits(layer) if layer.multiply_adds else "-",
         str(layer.rank) if layer.rank else "-",
-        turned,
+        _transform(layer),
         f"{effective_bits:.2f}",
         "-" if layer.zero_fraction is None else f"{layer.zero_fraction:.1%}",
     )
+
+
+def _bits(layer: LayerDescription) -> str:
+    """Of the input; a mean over timesteps with the mark of one."""
+    return f"{layer.activation_bits:.2f} by step" if layer.policy else str(layer.activation_bits)
+
+
+def _transform(layer: LayerDescription) -> str:
+    """What is done to the input; the first rotation by its orders."""
+    rotation, steps = layer.rotation, [*layer.transform]
+    if rotation is not None:
+        turned = "x".join(map(str, rotation.orders)) + (" signs" if rotation.signs else "")
+        turned += "" if rotation.block_size is None else f" blocks of {rotation.block_size}"
+        steps[steps.index("rotate")] = turned
+    return ", ".join(steps) or "-"
 
 
 def _size(count: float) -> str:

@@ -56,6 +56,7 @@ VERBS = {
     "allocate": Verb(
         "Score the layers of a checkpoint; activation bits by layer (AMPN)", "dit_qat.cli.allocate"
     ),
+    "ptq": Verb("Quantize a trained DiT or pipeline, with a report", "dit_qat.cli.ptq"),
     "export": Verb("Pack a quantized checkpoint into a small folder", "dit_qat.cli.export"),
     "inspect": Verb("Layers, bits and sizes of a checkpoint or of weights", "dit_qat.cli.inspect"),
 }

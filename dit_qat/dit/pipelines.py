@@ -17,7 +17,9 @@ from dit_qat.dit.models.locate import PIPELINE_INDEX
 from dit_qat.dit.models.packed_source import load_packed_dit
 from dit_qat.dit.models.to_diffusers import check_diffusers, dit_to_diffusers
 from dit_qat.export.files import write_json
-from dit_qat.export.manifest import read_manifest
+from dit_qat.export.loader import load_quantized
+from dit_qat.export.manifest import Manifest, read_manifest
+from dit_qat.export.tensor_file import DTYPES
 
 if TYPE_CHECKING:
     from diffusers import DiTPipeline
@@ -28,6 +30,7 @@ __all__ = [
     "PackedTransformer",
     "check_pipeline",
     "packed_pipeline",
+    "packed_transformer",
     "pipeline_scheduler",
     "read_labels",
     "write_pipeline",
@@ -155,6 +158,42 @@ class PackedTransformer(nn.Module):
     ) -> Transformer2DModelOutput:
         """Latents (N, C, H, W), timesteps (N,) and labels (N,) to predictions, as ``.sample``."""
         return Transformer2DModelOutput(self.network(hidden_states, timestep, class_labels))
+
+
+def packed_transformer(folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:
+    """Load a packed folder as what a diffusers pipeline has for a ``transformer``.
+
+    A transformer of diffusers comes back as its own class, with the dtypes that were packed; a DiT
+    of ours as a :class:`PackedTransformer`, for ``DiTPipeline``. Bits by timestep are followed.
+
+    Args:
+        folder: What ``dit-qat ptq`` or ``dit-qat export`` wrote.
+        device: Where it goes.
+
+    Raises:
+        FileNotFoundError: If the folder lacks a file.
+        ValueError: If it is damaged.
+
+    Example::
+
+        pipeline = FluxPipeline.from_pretrained("flux", transformer=None, torch_dtype=bfloat16)
+        pipeline.transformer = packed_transformer("flux-adatsq")
+        pipeline.to("cuda")
+    """
+    network = load_quantized(folder, device)
+    if isinstance(network, DiT):
+        return PackedTransformer(network)
+    _restore_dtypes(network, read_manifest(folder))
+    return network
+
+
+def _restore_dtypes(network: nn.Module, manifest: Manifest) -> None:
+    """Compute in what the file holds, rather than in float32: a pipeline has one dtype."""
+    for name, value in network.named_parameters(remove_duplicate=False):
+        value.data = value.data.to(DTYPES[manifest.tensors[name].dtype])
+    for name, buffer in network.named_buffers(remove_duplicate=False):
+        if name in manifest.tensors:
+            buffer.data = buffer.data.to(DTYPES[manifest.tensors[name].dtype])
 
 
 def packed_pipeline(

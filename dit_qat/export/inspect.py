@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_qat.layers import PackedLinear, QuantAttention, QuantLinear
+from dit_qat.export.int_entry import IntEntry
+from dit_qat.layers import IntLinear, PackedLinear, QuantAttention, QuantLinear
 from dit_qat.primitives.formats import Ternary
 from dit_qat.primitives.hadamard import Rotation, hadamard_factors
 from dit_qat.primitives.packing import count_ternary
@@ -43,18 +44,22 @@ class LayerDescription:
 
     Attributes:
         name: Dotted name in the model.
-        kind: "ternary" or, for what stays float, the name of the module's class.
+        kind: "ternary", "int" or, for what stays float, the name of the module's class.
         shape: Of the weight; (out, in) for linear layers.
         weights: Numbers in the weight.
         parameters: Numbers in weight, bias and branch.
-        float_parameters: The part of ``parameters`` that is no ternary code.
+        float_parameters: The part of ``parameters`` that is no code.
         scales: Float scales of the weight.
+        side_bits: Of scales, zero points, and vectors of the input's transform, together.
         weight_bits: Nominal bits per weight.
-        activation_bits: Nominal bits of the input; 32 where it stays float.
+        activation_bits: Nominal bits of the input, the mean over the timesteps of a policy; 32
+            where it stays float.
         rank: Of the float branch; 0: none.
         branch_bits: Of a number of that branch.
-        rotation: Of the input; None: none.
-        zero_fraction: Share of zeros among the ternary codes; None for float layers.
+        rotation: Of the input, the first of several; None: none.
+        transform: What is done to the input, by kind, in order.
+        policy: Whether activation bits depend on the timestep.
+        zero_fraction: Share of zeros among the ternary codes; None for other layers.
         per_image: Whether the layer sees one token per image, rather than every token.
         quantized: Whether the weight is stored in few bits.
     """
@@ -66,21 +71,24 @@ class LayerDescription:
     parameters: int
     float_parameters: int
     scales: int = 0
+    side_bits: int = 0
     weight_bits: float = _FLOAT_BITS
-    activation_bits: int = _FLOAT_BITS
+    activation_bits: float = _FLOAT_BITS
     rank: int = 0
     branch_bits: int = _FLOAT_BITS
     rotation: RotationDescription | None = None
+    transform: tuple[str, ...] = ()
+    policy: bool = False
     zero_fraction: float | None = None
     per_image: bool = False
     quantized: bool = False
 
     @property
     def stored_bits(self) -> float:
-        """All bits of the layer: codes, branch, float32 scales and float32 bias."""
+        """All bits of the layer: codes, scales and the like, branch, and float32 bias."""
         codes, branch = self.parameters - self.float_parameters, self.branch_parameters
-        floats = self.scales + self.float_parameters - branch
-        return codes * self.weight_bits + branch * self.branch_bits + floats * _FLOAT_BITS
+        floats = _FLOAT_BITS * (self.float_parameters - branch)
+        return codes * self.weight_bits + branch * self.branch_bits + self.side_bits + floats
 
     @property
     def branch_parameters(self) -> int:
@@ -89,8 +97,8 @@ class LayerDescription:
 
     @property
     def effective_weight_bits(self) -> float:
-        """Codes, scales and branch, in bits per weight; the bias is no part of the weight."""
-        side = _FLOAT_BITS * self.scales + self.branch_bits * self.branch_parameters
+        """Codes, scales, transform and branch, in bits per weight; the bias is no part of it."""
+        side = self.side_bits + self.branch_bits * self.branch_parameters
         return self.weight_bits + side / self.weights
 
     @property
@@ -124,7 +132,7 @@ class ModelDescription:
 
     @property
     def float_parameter_share(self) -> float:
-        """Share of the parameters that are no ternary codes: embedders, biases, branches."""
+        """Share of the parameters that are no codes: embedders, biases, branches."""
         return sum(layer.float_parameters for layer in self.layers) / self.parameters
 
     @property
@@ -134,7 +142,7 @@ class ModelDescription:
 
     @property
     def effective_weight_bits(self) -> float:
-        """As :attr:`weight_bits`, with float32 scales and the branches."""
+        """As :attr:`weight_bits`, with scales, zero points, transforms and branches."""
         return _mean(
             self._counted,
             lambda layer: layer.effective_weight_bits,
@@ -147,6 +155,12 @@ class ModelDescription:
         return self._activation_bits(per_image=False)
 
     @property
+    def mean_activation_bits(self) -> float:
+        """The plain mean over those layers, as budgets of post-training methods have it."""
+        seen = [layer for layer in self._counted if not layer.per_image]
+        return _mean(seen, lambda layer: layer.activation_bits, lambda layer: 1)
+
+    @property
     def per_image_activation_bits(self) -> float:
         """The same over the layers that see one token per image (adaLN)."""
         return self._activation_bits(per_image=True)
@@ -154,17 +168,14 @@ class ModelDescription:
     @property
     def zero_fraction(self) -> float | None:
         """Share of zeros among all ternary codes; None without any."""
-        if not self.quantized_layers:
+        ternary = [layer for layer in self.layers if layer.zero_fraction is not None]
+        if not ternary:
             return None
-        return _mean(
-            self.quantized_layers,
-            lambda layer: layer.zero_fraction or 0.0,
-            lambda layer: layer.weights,
-        )
+        return _mean(ternary, lambda layer: layer.zero_fraction or 0.0, lambda layer: layer.weights)
 
     @property
     def packed_bytes(self) -> float:
-        """Bytes at log2(3) bits per code, 32 per float, and what the branches are rounded to."""
+        """Bytes at nominal bits per code, and floats and branches as they are stored."""
         return sum(layer.stored_bits for layer in self.layers) / 8
 
     @property
@@ -197,6 +208,7 @@ _TOTALS = (
     "weight_bits",
     "effective_weight_bits",
     "average_activation_bits",
+    "mean_activation_bits",
     "per_image_activation_bits",
     "zero_fraction",
     "bits_per_parameter",
@@ -218,7 +230,7 @@ def describe(model: nn.Module, per_image: Sequence[str] = PER_IMAGE) -> ModelDes
     layers = tuple(
         _describe_module(name, module, any(fnmatchcase(name, glob) for glob in per_image))
         for name, module in model.named_modules()
-        if isinstance(module, PackedLinear)
+        if isinstance(module, PackedLinear | IntLinear)
         or next(module.parameters(recurse=False), None) is not None
     )
     if not layers:
@@ -236,6 +248,8 @@ def _describe_module(name: str, module: nn.Module, per_image: bool) -> LayerDesc
         counts = count_ternary(module.codes, module.in_features)
         zeros = counts[1] / sum(counts)
         return _describe_ternary(name, module, module.scale.numel(), zeros, per_image)
+    if isinstance(module, IntLinear):
+        return _describe_int(name, module, per_image)
     if isinstance(module, QuantLinear):
         with torch.no_grad():
             codes, scale = module.config.weight.quantize(module.weight)
@@ -271,12 +285,45 @@ def _describe_ternary(
         parameters=weights + floats,
         float_parameters=floats,
         scales=scales,
+        side_bits=_FLOAT_BITS * scales,
         weight_bits=Ternary().bits,
         activation_bits=_FLOAT_BITS if activation is None else activation.bits,
         rank=rank,
         branch_bits=_FLOAT_BITS if low_rank is None else 8 * low_rank.torch_dtype.itemsize,
         rotation=_describe_rotation(layer.rotation),
+        transform=() if layer.rotation is None else ("rotate",),
         zero_fraction=zeros,
+        per_image=per_image,
+        quantized=True,
+    )
+
+
+def _describe_int(name: str, layer: IntLinear, per_image: bool) -> LayerDescription:
+    config, entry = layer.config, IntEntry.of(layer)
+    weights, sizes = layer.out_features * layer.in_features, layer.out_features + layer.in_features
+    floats = config.rank * sizes + (0 if layer.bias is None else layer.out_features)
+    vectors = () if layer.transform is None else layer.transform.buffers()
+    side = [t for t in (layer.scale, layer.zero, *vectors) if t is not None]
+    bits = entry.activation_bits
+    turns = [step for step in config.steps if step.kind == "rotate"]
+    return LayerDescription(
+        name=name,
+        kind="int",
+        shape=(layer.out_features, layer.in_features),
+        weights=weights,
+        parameters=weights + floats,
+        float_parameters=floats,
+        scales=layer.scale.numel(),
+        side_bits=8 * sum(tensor.nbytes for tensor in side),
+        weight_bits=config.grid.bits,
+        activation_bits=_FLOAT_BITS if bits is None else bits,
+        rank=config.rank,
+        branch_bits=8 * getattr(torch, config.branch_dtype).itemsize,
+        rotation=_describe_rotation(
+            Rotation(layer.in_features, turns[0].seed, turns[0].block_size) if turns else None
+        ),
+        transform=tuple(step.kind for step in config.steps),
+        policy=entry.by_timestep,
         per_image=per_image,
         quantized=True,
     )

@@ -1,30 +1,36 @@
 """Packed folders read back: strictly, one tensor at a time, never as floats."""
 
+import os
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
-from math import isfinite
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dit_qat.export.layer_entry import LayerEntry
+from dit_qat.export.entry import owned
+from dit_qat.export.finite import check_finite
 from dit_qat.export.manifest import TENSOR_FILE, Manifest, read_manifest_and_digest
+from dit_qat.export.registry import architecture_named, timestep_argument
 from dit_qat.export.skeleton import build_skeleton, check_names, check_tensors, listed
-from dit_qat.export.tensor_file import TensorFile, open_tensors
-from dit_qat.primitives.packing import base3_to_ternary, check_base3, check_ternary
+from dit_qat.export.tensor_file import Place, TensorFile, open_tensors
+from dit_qat.layers import follow_timesteps_
 
 __all__ = ["load_quantized"]
 
 DIGEST_KEY = "config_sha256"
 
+_MOST_THREADS = 4
+
 
 def load_quantized(folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     """Load a packed model, in evaluation mode, without gradients.
 
-    Codes stay codes: storage of five per byte becomes four per byte, tensor by tensor.
+    Codes stay codes: storage of five per byte becomes four per byte, tensor by tensor. A model
+    whose layers have bits by timestep finds the timestep in the arguments of its calls.
 
     Args:
         folder: What ``dit-qat export`` wrote.
@@ -41,28 +47,38 @@ def load_quantized(folder: Path | str, device: torch.device | str = "cpu") -> nn
         _check_digest(folder, file.metadata, digest)
         try:
             check_names("the file", file.places, manifest.tensors, "config.json lists")
+            file.fetch()  # the disk works while the model is built
+            model = build_skeleton(
+                manifest.architecture,
+                manifest.arguments,
+                manifest.layers,
+                manifest.attention_bits,
+            )
+            check_tensors(model, manifest, file.places)
             with _loading(file, manifest) as coming:
-                model = build_skeleton(
-                    manifest.architecture,
-                    manifest.arguments,
-                    manifest.layers,
-                    manifest.attention_bits,
-                )
-                check_tensors(model, manifest, file.places)
-                for name, tensor in coming.items():
-                    _install(model, name, tensor.result().to(device))
+                modules = dict(model.named_modules(remove_duplicate=False))
+                for name in file.places:
+                    owner, _, leaf = name.rpartition(".")
+                    tensor = coming.pop(name).result()
+                    if owned(name, manifest.layers) is None:
+                        tensor = _computing(tensor)
+                    _install(modules[owner], leaf, tensor.to(device))
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
     _check_complete(model, manifest.architecture)
-    return model.eval().requires_grad_(False)
+    if any(entry.by_timestep for entry in manifest.layers.values()):
+        architecture = architecture_named(manifest.architecture)
+        follow_timesteps_(model, timestep_argument(architecture, model))
+    return model.to(device).eval().requires_grad_(False)
 
 
 @contextmanager
 def _loading(file: TensorFile, manifest: Manifest) -> Iterator[dict[str, Future[Tensor]]]:
-    """Read, check and unpack tensors in the background; reading and hashing are half the time."""
-    pool = ThreadPoolExecutor(max_workers=2)
+    """Read, check and unpack tensors in several threads, which share the processor's cores."""
+    pool = ThreadPoolExecutor(max_workers=min(_MOST_THREADS, os.cpu_count() or 1))
+    room = _Room()
     try:
-        yield {name: pool.submit(_resident, name, file, manifest) for name in file.places}
+        yield {name: pool.submit(_resident, name, file, manifest, room) for name in file.places}
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -76,48 +92,47 @@ def _check_digest(folder: Path, metadata: Mapping[str, str], digest: str) -> Non
         )
 
 
-def _resident(name: str, file: TensorFile, manifest: Manifest) -> Tensor:
-    """A tensor as it is in memory."""
-    tensor, digest = file.read(name)
+class _Room(threading.local):
+    """Memory that a thread uses again and again: new pages cost more than filling them."""
+
+    _bytes = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, place: Place) -> Tensor:
+        """As many bytes as a tensor has in the file, or more."""
+        count = place.end - place.begin
+        if self._bytes.numel() < count:
+            self._bytes = torch.empty(count, dtype=torch.uint8)
+        return self._bytes
+
+
+def _resident(name: str, file: TensorFile, manifest: Manifest, room: _Room) -> Tensor:
+    """A tensor as it is in memory; what takes another form there passes through ``room``."""
+    place = owned(name, manifest.layers)
+    entry = None if place is None else manifest.layers[place.layer]
+    passing = place is not None and entry is not None and entry.is_passing(place.leaf)
+    tensor, digest = file.read(name, room.of(file.places[name]) if passing else None)
     if digest != manifest.tensors[name].sha256:
         raise ValueError(
             f"the bytes of {name} are not those that were written (their sha256 differs); the file "
             "is damaged, so copy or export it again"
         )
-    owner, _, leaf = name.rpartition(".")
-    entry = manifest.layers.get(owner)
     try:
-        if entry is None:
-            return _checked(tensor.float()) if tensor.is_floating_point() else tensor
-        if leaf == "codes":
-            return _resident_codes(tensor, entry)
-        return _checked(tensor, positive=leaf == "scale")
+        if place is not None and entry is not None:
+            return entry.resident(place.leaf, tensor)
+        if tensor.is_floating_point():
+            check_finite(tensor)
+        return tensor
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _resident_codes(packed: Tensor, entry: LayerEntry) -> Tensor:
-    if entry.storage == "ternary_2":
-        check_ternary(packed, entry.in_features)
-        return packed
-    check_base3(packed, entry.in_features)
-    return base3_to_ternary(packed, entry.in_features)
+def _computing(tensor: Tensor) -> Tensor:
+    """A tensor outside the packed layers, which computes in float32 whatever it is stored in."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _checked(tensor: Tensor, positive: bool = False) -> Tensor:
-    if tensor.numel():
-        least, most = (float(bound) for bound in tensor.aminmax())  # both are NaN if any is
-        if not isfinite(least) or not isfinite(most):
-            raise ValueError("holds NaN or infinite values; export another checkpoint")
-        if positive and least <= 0:
-            raise ValueError(f"holds scales down to {least}, which must be above zero")
-    return tensor
-
-
-def _install(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    is_parameter = leaf in dict(module.named_parameters(recurse=False))
+def _install(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    is_parameter = isinstance(getattr(module, leaf), nn.Parameter)
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 

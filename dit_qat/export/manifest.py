@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dit_qat.export.entry import ModuleEntry
+from dit_qat.export.int_entry import INT_LINEAR, IntEntry
 from dit_qat.export.layer_entry import LINEAR, LayerEntry
 from dit_qat.layers import AttentionConfig
 
@@ -14,7 +16,7 @@ __all__ = [
     "CONFIG_FILE",
     "FORMAT",
     "TENSOR_FILE",
-    "VERSION",
+    "VERSIONS",
     "Manifest",
     "TensorEntry",
     "is_packed_folder",
@@ -22,11 +24,15 @@ __all__ = [
 ]
 
 FORMAT = "dit_qat.packed"
-VERSION = 1
+VERSIONS = (1, 2)
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "model.safetensors"
 
 _ATTENTION = "attention"
+_LINEARS: dict[str, Callable[[Mapping[str, Any]], ModuleEntry]] = {
+    LINEAR: LayerEntry.from_json,
+    INT_LINEAR: IntEntry.from_json,
+}
 _KEYS = {"format", "version", "architecture", "modules", "tensors", "provenance", "written_by"}
 
 
@@ -50,21 +56,25 @@ class Manifest:
         tensors: All tensors of the file by name.
         provenance: Source checkpoint, training, data, metrics: plain values, not interpreted.
         written_by: Versions.
+        version: Of the format.
     """
 
     architecture: str
     arguments: Mapping[str, Any]
-    layers: Mapping[str, LayerEntry]
+    layers: Mapping[str, ModuleEntry]
     attention_bits: Mapping[str, int]
     tensors: Mapping[str, TensorEntry]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     written_by: Mapping[str, str] = field(default_factory=dict)
+    version: int = 1
 
     @property
-    def activation_bits(self) -> dict[str, int | None]:
-        """The bit map: activation bits of every packed layer; None where activations are float."""
-        found = {name: entry.config.activation for name, entry in self.layers.items()}
-        return {name: None if a is None else a.bits for name, a in found.items()}
+    def activation_bits(self) -> dict[str, float | None]:
+        """The bit map: activation bits of every packed layer; None where activations are float.
+
+        Of a policy, the mean over its timesteps.
+        """
+        return {name: entry.activation_bits for name, entry in self.layers.items()}
 
     def as_text(self) -> str:
         """JSON, keys in order, a line per module and per tensor: the same bytes every time.
@@ -81,7 +91,7 @@ class Manifest:
             "modules": modules,
             "provenance": dict(self.provenance),
             "tensors": {name: entry._asdict() for name, entry in self.tensors.items()},
-            "version": VERSION,
+            "version": self.version,
             "written_by": dict(self.written_by),
         }
         return _rendered(sections, depth=2) + "\n"
@@ -117,10 +127,11 @@ def read_manifest_and_digest(folder: Path) -> tuple[Manifest, str]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not of a packed folder; give one that dit-qat export wrote")
     version = content.get("version")
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in VERSIONS:
         raise ValueError(
-            f"{path}: the format's version is {version!r}, and this dit_qat reads {VERSION}; "
-            "install the version that wrote it, or export the checkpoint again"
+            f"{path}: the format's version is {version!r}, and this dit_qat reads "
+            f"{' and '.join(map(str, VERSIONS))}; install the version that wrote it, or export "
+            "the checkpoint again"
         )
     try:
         manifest = _from_json(content)
@@ -147,13 +158,16 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         raise ValueError("architecture has no name and arguments")
     if not isinstance(architecture["arguments"], dict):
         raise ValueError("the architecture's arguments are no JSON object")
-    layers: dict[str, LayerEntry] = {}
+    layers: dict[str, ModuleEntry] = {}
     attention: dict[str, int] = {}
     for name, entry in content["modules"].items():
         try:
             _read_module(name, entry, layers, attention)
         except ValueError as error:
             raise ValueError(f"module {name!r}: {error}") from error
+    needed = max((entry.version for entry in layers.values()), default=1)
+    if needed > content["version"]:
+        raise ValueError(f"version {content['version']} has no modules of version {needed}")
     return Manifest(
         architecture=architecture["name"],
         arguments=architecture["arguments"],
@@ -162,19 +176,21 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         tensors={name: _tensor(name, entry) for name, entry in content["tensors"].items()},
         provenance=content["provenance"],
         written_by=content["written_by"],
+        version=content["version"],
     )
 
 
 def _read_module(
-    name: str, entry: Any, layers: dict[str, LayerEntry], attention: dict[str, int]
+    name: str, entry: Any, layers: dict[str, ModuleEntry], attention: dict[str, int]
 ) -> None:
     kind = entry.get("kind") if isinstance(entry, dict) else None
-    if kind == LINEAR:
-        layers[name] = LayerEntry.from_json(entry)
+    if isinstance(kind, str) and kind in _LINEARS:
+        layers[name] = _LINEARS[kind](entry)
     elif kind == _ATTENTION and entry.keys() == {"kind", "bits"} and type(entry["bits"]) is int:
         attention[name] = AttentionConfig(entry["bits"]).bits
     else:
-        raise ValueError(f"{entry!r} is neither of kind {LINEAR} nor of kind {_ATTENTION}")
+        kinds = ", ".join((*_LINEARS, _ATTENTION))
+        raise ValueError(f"{entry!r} is of none of the kinds {kinds}")
 
 
 def _tensor(name: str, entry: Any) -> TensorEntry:

@@ -6,7 +6,14 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Architecture", "architecture_named", "architecture_of", "register_architecture"]
+__all__ = [
+    "Architecture",
+    "architecture_named",
+    "architecture_of",
+    "register_architecture",
+    "register_family",
+    "timestep_argument",
+]
 
 
 @dataclass(frozen=True)
@@ -15,15 +22,20 @@ class Architecture:
 
     Attributes:
         name: What packed folders call it.
-        model: Its class.
-        build: From plain values to the float model; called under the meta device.
+        has: Whether a class of models is of it.
+        build: From plain values to the float model; called under the meta device. What a state dict
+            does not hold it makes on the CPU.
         describe: From a model to those plain values.
+        timestep: From a model to what its forward calls the timestep; None: it has none.
+        version: The first version of the format that has it.
     """
 
     name: str
-    model: type[nn.Module]
+    has: Callable[[type[nn.Module]], bool]
     build: Callable[[Mapping[str, Any]], nn.Module]
     describe: Callable[[Any], Mapping[str, Any]]
+    timestep: Callable[[Any], str] | None = None
+    version: int = 1
 
 
 _BY_NAME: dict[str, Architecture] = {}
@@ -34,9 +46,24 @@ def register_architecture(
     model: type[nn.Module],
     builder: Callable[[Mapping[str, Any]], nn.Module],
     describer: Callable[[Any], Mapping[str, Any]],
+    timestep: str | None = None,
 ) -> None:
-    """Enter an architecture; see :class:`Architecture`."""
-    _BY_NAME[name] = Architecture(name, model, builder, describer)
+    """Enter one class of models; see :class:`Architecture`.
+
+    Args:
+        name: What packed folders call it.
+        model: The class.
+        builder: From plain values to the float model.
+        describer: From a model to those plain values.
+        timestep: What its forward calls the timestep; None: it has none.
+    """
+    argument = None if timestep is None else lambda _: timestep
+    register_family(Architecture(name, lambda kind: kind is model, builder, describer, argument))
+
+
+def register_family(architecture: Architecture) -> None:
+    """Enter an architecture that may be of many classes."""
+    _BY_NAME[architecture.name] = architecture
 
 
 def architecture_named(name: str) -> Architecture:
@@ -60,12 +87,25 @@ def architecture_of(model: nn.Module) -> Architecture:
         ValueError: if there is none.
     """
     for architecture in _BY_NAME.values():
-        if type(model) is architecture.model:
+        if architecture.has(type(model)):
             return architecture
     raise ValueError(
         f"a {type(model).__name__} has no entry in the registry of architectures ({_known()}); "
         "enter it with dit_qat.export.register_architecture"
     )
+
+
+def timestep_argument(architecture: Architecture, model: nn.Module) -> str:
+    """What a model's forward calls the timestep.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if architecture.timestep is None:
+        raise ValueError(
+            f"layers have bits by timestep, and a {architecture.name!r} has no timestep"
+        )
+    return architecture.timestep(model)
 
 
 def _known() -> str:

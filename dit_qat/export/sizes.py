@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from dit_qat.export.inspect import PER_IMAGE
 from dit_qat.export.manifest import CONFIG_FILE, TENSOR_FILE
 from dit_qat.export.tensor_file import open_tensors
-from dit_qat.layers import PackedLinear, QuantLinear
+from dit_qat.layers import InputTransform, IntLinear, PackedLinear, QuantLinear
 
 __all__ = ["Disk", "Size", "Sizes", "TensorSize", "measure", "packed_disk"]
 
@@ -19,6 +20,8 @@ _PARTS = {
     "codes": "ternary codes",
     "weight": "float latents of ternary weights",
     "scale": "scales",
+    "zero": "zero points",
+    "transform": "vectors of input transforms",
     "low_rank_up": "low-rank branches",
     "low_rank_down": "low-rank branches",
     "bias": "biases",
@@ -26,8 +29,9 @@ _PARTS = {
 }
 """Of a quantized layer's tensors."""
 
-_OF_THE_WEIGHT = {"codes", "weight", "scale", "low_rank_up", "low_rank_down"}
-_DERIVED = {"scale", "low_rank_up", "low_rank_down", "row_sums"}  # which the float model has not
+_SIDE = {"scale", "zero", "transform", "low_rank_up", "low_rank_down"}
+_OF_THE_WEIGHT = {"codes", "weight", *_SIDE}
+_DERIVED = {"row_sums", *_SIDE}  # which the float model has not
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class TensorSize(NamedTuple):
     """One tensor of a model.
 
     ``disk`` is zero where the file does not hold it; ``numbers`` counts codes, not their bytes;
-    ``quantized`` is the layer that it belongs to.
+    ``quantized`` is the layer that it belongs to; ``leaf`` is its name there, ``transform`` for
+    all vectors of an input's transform.
     """
 
     layer: str
@@ -184,27 +189,38 @@ def packed_disk(folder: Path) -> Disk:
 
 def _measured(model: nn.Module, disk: Mapping[str, int]) -> Iterator[TensorSize]:
     for layer, module in model.named_modules():
-        for leaf, tensor in _own_tensors(module):
-            name = f"{layer}.{leaf}" if layer else leaf
+        if isinstance(module, InputTransform):
+            continue  # counted with the layer, each of which has its own in the file
+        quantized = isinstance(module, PackedLinear | QuantLinear | IntLinear)
+        for leaf, inner, tensor in _own_tensors(module):
+            name = f"{layer}.{inner}" if layer else inner
             numbers = tensor.numel()
-            if isinstance(module, PackedLinear) and leaf == "codes":
+            if leaf == "codes" and isinstance(module, PackedLinear | IntLinear):
                 numbers = module.out_features * module.in_features
-            quantized = isinstance(module, PackedLinear | QuantLinear)
-            part = _part(layer or leaf, leaf, quantized)
+            part = _part(layer or leaf, leaf, module if quantized else None)
             on_disk = disk.get(name, 0)
             yield TensorSize(layer, leaf, quantized, part, numbers, on_disk, tensor.nbytes)
 
 
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Tensors with the name of their part and that within the layer."""
+    for name, tensor in chain(
+        module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+    ):
+        yield name, name, tensor
+    if isinstance(module, IntLinear) and module.transform is not None:
+        for name, tensor in module.transform.named_buffers(remove_duplicate=False):
+            yield "transform", f"transform.{name}", tensor
 
 
-def _part(layer: str, leaf: str, quantized: bool) -> str:
-    if not quantized:
+def _part(layer: str, leaf: str, quantized: nn.Module | None) -> str:
+    if quantized is None:
         return f"float: {layer.partition('.')[0]}"
     per_image = any(fnmatchcase(layer, glob) for glob in PER_IMAGE)
-    return _PARTS[leaf] + (" (adaLN)" if per_image else "")
+    part = _PARTS[leaf]
+    if leaf == "codes" and isinstance(quantized, IntLinear):
+        part = f"{quantized.config.grid.bits}-bit codes"
+    return part + (" (adaLN)" if per_image else "")
 
 
 def _sums(tensors: Iterable[TensorSize], key: Callable[[TensorSize], str]) -> dict[str, Size]:

@@ -1,26 +1,27 @@
 """The model that a manifest describes, without memory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from dit_qat.export.layer_entry import LayerEntry
+from dit_qat.export.entry import ModuleEntry, owned
 from dit_qat.export.manifest import Manifest
 from dit_qat.export.registry import architecture_named
 from dit_qat.export.tensor_file import Place, dtype_name
 from dit_qat.layers import AttentionConfig, QuantAttention
 
-__all__ = ["build_skeleton", "check_names", "check_tensors", "listed", "stored_tensors"]
+__all__ = ["FLOATS", "build_skeleton", "check_names", "check_tensors", "listed", "stored_tensors"]
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def build_skeleton(
     architecture: str,
     arguments: Mapping[str, Any],
-    layers: Mapping[str, LayerEntry],
+    layers: Mapping[str, ModuleEntry],
     attention_bits: Mapping[str, int],
 ) -> nn.Module:
     """Build an architecture on the meta device and swap in its packed layers.
@@ -31,7 +32,7 @@ def build_skeleton(
     """
     build = architecture_named(architecture).build
     try:
-        with torch.device("meta"):
+        with _Unfilled(), torch.device("meta"):
             model = build(arguments)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
@@ -51,6 +52,29 @@ def build_skeleton(
     return model
 
 
+class _Unfilled(TorchFunctionMode):
+    """Skips the initialization of tensors without memory, a fifth of the time to build a model."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if function in _FILLING:
+            tensor: Tensor = args[0] if args else (kwargs or {})["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return function(*args, **(kwargs or {}))
+
+
+_FILLING = {
+    *(Tensor.uniform_, Tensor.normal_, Tensor.zero_, Tensor.fill_),
+    *(nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_),
+}
+
+
 def _swap_attention(model: nn.Module, name: str, bits: int) -> None:
     module = model.get_submodule(name)
     try:
@@ -62,7 +86,7 @@ def _swap_attention(model: nn.Module, name: str, bits: int) -> None:
         ) from error
 
 
-def _swap_linear(model: nn.Module, name: str, entry: LayerEntry) -> None:
+def _swap_linear(model: nn.Module, name: str, entry: ModuleEntry) -> None:
     module = model.get_submodule(name)
     if type(module) is not nn.Linear:
         raise ValueError(
@@ -83,7 +107,7 @@ def _swap_linear(model: nn.Module, name: str, entry: LayerEntry) -> None:
 
 
 def stored_tensors(
-    model: nn.Module, layers: Mapping[str, LayerEntry], float_dtype: torch.dtype
+    model: nn.Module, layers: Mapping[str, ModuleEntry], float_dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape in the file, by name, of all tensors of a skeleton.
 
@@ -91,14 +115,13 @@ def stored_tensors(
     """
     found = {}
     for name, tensor in _tensors(model).items():
-        owner, _, leaf = name.rpartition(".")
-        if owner not in layers:
+        place = owned(name, layers)
+        if place is None:
             dtype = float_dtype if tensor.is_floating_point() else tensor.dtype
             found[name] = dtype, tuple(tensor.shape)
-        elif leaf == "codes":
-            found[name] = tensor.dtype, (tensor.shape[0], layers[owner].stored_width)
         else:
-            found[name] = tensor.dtype, tuple(tensor.shape)
+            shape = layers[place.layer].stored_shape(place.leaf, tensor)
+            found[name] = tensor.dtype, shape
     return found
 
 
@@ -119,8 +142,8 @@ def check_tensors(model: nn.Module, manifest: Manifest, places: Mapping[str, Pla
                 f"{name} is {place.dtype} of shape {place.shape} in the file, but {entry.dtype} of "
                 f"{entry.shape} in config.json; the two files belong to different exports"
             )
-        is_free = name.rpartition(".")[0] not in manifest.layers and dtype in _FLOATS
-        allowed = [dtype_name(d) for d in (_FLOATS if is_free else (dtype,))]
+        is_free = owned(name, manifest.layers) is None and dtype in FLOATS
+        allowed = [dtype_name(d) for d in (FLOATS if is_free else (dtype,))]
         if place.dtype not in allowed or place.shape != shape:
             raise ValueError(
                 f"{name} is {place.dtype} of shape {place.shape}, but the model needs "

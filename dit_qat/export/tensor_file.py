@@ -6,8 +6,9 @@ sizes comes first and every tensor goes to its place as soon as it is computed.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -24,6 +25,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "I32": torch.int32,
     "I64": torch.int64,
     "U8": torch.uint8,
 }
@@ -132,14 +134,20 @@ class TensorFile:
         self.places = dict(sorted(places.items(), key=lambda item: item[1].begin))
         _check_coverage(path, self.places, path.stat().st_size - self._start)
 
-    def read(self, name: str) -> tuple[Tensor, str]:
+    def read(self, name: str, room: Tensor | None = None) -> tuple[Tensor, str]:
         """A tensor on the CPU and the sha256 of its bytes; safe to call from several threads.
+
+        Args:
+            name: Which one.
+            room: Bytes to read into, at least as many as the tensor has, which then shares their
+                memory; None for new memory.
 
         Raises:
             ValueError: if the file ends before the tensor does.
         """
         place = self.places[name]
-        data = torch.empty(place.end - place.begin, dtype=torch.uint8)
+        size = place.end - place.begin
+        data = torch.empty(size, dtype=torch.uint8) if room is None else room[:size]
         view: memoryview = data.numpy().data
         with self._lock:
             self._file.seek(self._start + place.begin)
@@ -151,6 +159,12 @@ class TensorFile:
                 done += count
         digest = hashlib.sha256(view).hexdigest()
         return data.view(DTYPES[place.dtype]).view(place.shape), digest
+
+    def fetch(self) -> None:
+        """Have the system bring the whole file into its cache meanwhile, where it knows how to."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # a hint, which some file systems do not take
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Fake-quant against packed: do both compute the same?"""
+"""In memory against packed: do both compute the same?"""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_qat.layers import PackedLinear, QuantLinear
+from dit_qat.export.packers import PACKERS, quantized_layers
 
 __all__ = ["LAYER_LIMIT", "OUTPUT_LIMIT", "Agreement", "verify_packed"]
 
@@ -58,23 +58,33 @@ class Agreement:
 
 
 @torch.no_grad()
-def verify_packed(model: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) -> Agreement:
+def verify_packed(
+    model: nn.Module,
+    packed: nn.Module,
+    inputs: tuple[Any, ...],
+    named: Mapping[str, Any] | None = None,
+) -> Agreement:
     """Run both models on fixed inputs, and every packed layer on what the trained one received.
 
     Args:
-        model: Fake-quantized.
-        packed: The same as it was written and loaded, on the same device.
+        model: Fake-quantized, or quantized after training.
+        packed: The same as it was written and loaded, on the same device, its float parts in the
+            same dtypes.
         inputs: Positional arguments of both.
+        named: Arguments of both by name.
 
     Raises:
         ValueError: if a quantized layer has no packed twin, or saw no input.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
-    twins = {name: m for name, m in packed.named_modules() if isinstance(m, PackedLinear)}
-    if layers.keys() != twins.keys():
+    layers = quantized_layers(model)
+    wanted = {packer.packed for packer in PACKERS.values()}
+    twins = {name: m for name, m in packed.named_modules() if type(m) in wanted}
+    unlike = layers.keys() ^ twins.keys()
+    unlike |= {n for n in layers.keys() & twins.keys() if not _are_twins(layers[n], twins[n])}
+    if unlike:
         raise ValueError(
-            f"the models differ in {', '.join(sorted(layers.keys() ^ twins.keys())[:3])}; compare "
-            "a model with what was packed from it"
+            f"the models differ in {', '.join(sorted(unlike)[:3])}; compare a model with what was "
+            "packed from it"
         )
     found: dict[str, float] = {}
     with ExitStack() as hooks:
@@ -82,22 +92,40 @@ def verify_packed(model: nn.Module, packed: nn.Module, inputs: tuple[Any, ...]) 
             hook = partial(_compare, name, twins[name], found)
             handle = layer.register_forward_hook(hook)
             hooks.callback(handle.remove)
-        expected = model(*inputs)
+        expected = model(*inputs, **(named or {}))
     unseen = layers.keys() - found.keys()
     if unseen:
         raise ValueError(f"the inputs do not reach layer {min(unseen)!r}; give others")
-    return Agreement(found, _difference(packed(*inputs), expected))
+    return Agreement(found, _largest_difference(packed(*inputs, **(named or {})), expected))
+
+
+def _are_twins(layer: nn.Module, packed: nn.Module) -> bool:
+    return type(packed) is PACKERS[type(layer)].packed
 
 
 def _compare(
     name: str,
-    twin: PackedLinear,
+    twin: nn.Module,
     found: dict[str, float],
     layer: nn.Module,
     inputs: tuple[Tensor, ...],
     output: Tensor,
 ) -> None:
     found[name] = max(found.get(name, 0.0), _difference(twin(*inputs), output))
+
+
+def _largest_difference(value: Any, reference: Any) -> float:
+    """Over all tensors of two outputs, which models nest in containers of their own."""
+    pairs = zip(_tensors(value), _tensors(reference), strict=True)
+    return max(_difference(a, b) for a, b in pairs)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)
 
 
 def _difference(value: Tensor, reference: Tensor) -> float:

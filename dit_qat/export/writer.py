@@ -11,26 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_qat.export.entry import ModuleEntry, owned
 from dit_qat.export.folders import written_folder
-from dit_qat.export.layer_entry import LayerEntry, Storage
+from dit_qat.export.layer_entry import Storage
 from dit_qat.export.loader import DIGEST_KEY
 from dit_qat.export.manifest import (
     CONFIG_FILE,
     FORMAT,
     TENSOR_FILE,
-    VERSION,
     Manifest,
     TensorEntry,
     is_packed_folder,
 )
-from dit_qat.export.registry import architecture_of
-from dit_qat.export.skeleton import build_skeleton, listed, stored_tensors
+from dit_qat.export.packers import PACKERS, PackOptions, quantized_layers
+from dit_qat.export.registry import architecture_of, timestep_argument
+from dit_qat.export.skeleton import build_skeleton, stored_tensors
 from dit_qat.export.tensor_file import TensorWriter, dtype_name
-from dit_qat.layers import PackedLinear, QuantAttention, QuantLinear
+from dit_qat.export.unlike import check_modules, own_dtypes
+from dit_qat.layers import QuantAttention
 from dit_qat.layers.linear import BranchDtype
-from dit_qat.primitives.packing import count_ternary, pack_base3, unpack_ternary
 
-__all__ = ["write_packed"]
+__all__ = ["check_target", "write_packed"]
 
 _MARGIN = 1 << 20  # beside the tensors: config.json and the file system's own
 _NO_DIGEST = "0" * 64
@@ -42,19 +43,21 @@ def write_packed(
     *,
     provenance: Mapping[str, Any] | None = None,
     branch_dtype: BranchDtype | None = None,
-    float_dtype: BranchDtype = "float32",
+    float_dtype: BranchDtype | None = None,
     storage: Storage = "ternary_1.6",
     overwrite: bool = False,
 ) -> Manifest:
     """Write a quantized model as a packed folder.
 
     Args:
-        model: Of a registered architecture, with at least one :class:`QuantLinear`; unchanged.
+        model: Of a registered architecture, with at least one :class:`QuantLinear` or
+            :class:`~dit_qat.layers.IntLinear`; unchanged.
         folder: Made at once or not at all.
         provenance: Plain values: source checkpoint, training, data, metrics.
         branch_dtype: What low-rank branches are rounded to; None: what they compute with. Another
             one gives another model than ``model`` is.
-        float_dtype: What all that is not packed is stored in; it computes in float32 again.
+        float_dtype: What all that is not packed is stored in; None: each tensor in its own. It
+            computes in float32 again.
         storage: Of the codes: five or four per byte.
         overwrite: Replace a packed folder that is there.
 
@@ -68,10 +71,11 @@ def write_packed(
         OSError: if the disk has no room for it, or cannot be written.
     """
     target = Path(folder)
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     _check_plain(provenance or {})
-    plan = _Plan(model, branch_dtype, getattr(torch, float_dtype), storage)
-    metadata = {"format": FORMAT, "version": str(VERSION), DIGEST_KEY: _NO_DIGEST}
+    dtype = None if float_dtype is None else getattr(torch, float_dtype)
+    plan = _Plan(model, dtype, PackOptions(branch_dtype, storage))
+    metadata = {"format": FORMAT, "version": str(plan.version), DIGEST_KEY: _NO_DIGEST}
     _check_space(target, plan.total_bytes)
     with written_folder(target) as partial:
         with (partial / TENSOR_FILE).open("wb") as file:
@@ -89,25 +93,20 @@ class _Plan:
     """What will be written, known before anything is computed."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        branch_dtype: BranchDtype | None,
-        float_dtype: torch.dtype,
-        storage: Storage,
+        self, model: nn.Module, float_dtype: torch.dtype | None, options: PackOptions
     ) -> None:
-        self._model, self._branch_dtype = model, branch_dtype
+        self._model, self._options = model, options
         self._architecture = architecture_of(model)
         self._arguments = dict(self._architecture.describe(model))
-        self._quantized = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+        self._quantized = quantized_layers(model)
         if not self._quantized:
             raise ValueError(
                 f"this {type(model).__name__} has no quantized layers to pack; train one with a "
                 "method, or write the float model with dit-qat convert"
             )
-        self._layers = {
-            name: LayerEntry.of(PackedLinear.like(layer, branch_dtype), storage)
-            for name, layer in self._quantized.items()
-        }
+        self._layers = {n: _entry(n, m, options) for n, m in self._quantized.items()}
+        if any(entry.by_timestep for entry in self._layers.values()):
+            timestep_argument(self._architecture, model)
         self._attention_bits = {
             name: module.config.bits
             for name, module in model.named_modules()
@@ -116,8 +115,15 @@ class _Plan:
         skeleton = build_skeleton(
             self._architecture.name, self._arguments, self._layers, self._attention_bits
         )
-        _check_modules(model, skeleton)
-        self.tensors = stored_tensors(skeleton, self._layers, float_dtype)
+        check_modules(model, skeleton)
+        self.tensors = stored_tensors(skeleton, self._layers, float_dtype or torch.float32)
+        if float_dtype is None:
+            self.tensors |= own_dtypes(model, self.tensors, self._layers)
+
+    @property
+    def version(self) -> int:
+        """The least version of the format that holds this model."""
+        return max(self._architecture.version, *(e.version for e in self._layers.values()))
 
     @property
     def total_bytes(self) -> int:
@@ -133,7 +139,7 @@ class _Plan:
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from error
         for name, value in self._model.state_dict().items():
-            if name in self.tensors and name.rpartition(".")[0] not in self._layers:
+            if name in self.tensors and owned(name, self._layers) is None:
                 stored = value.detach().to(self.tensors[name][0])
                 if not stored.isfinite().all():
                     raise ValueError(
@@ -142,12 +148,8 @@ class _Plan:
                     )
                 yield name, stored
 
-    def _packed(self, name: str, layer: QuantLinear) -> Iterator[tuple[str, Tensor]]:
-        packed = PackedLinear.from_quantized(layer, self._branch_dtype)
-        check_levels(packed)
-        for leaf, tensor in packed.named_buffers():
-            if leaf == "codes" and self._layers[name].storage == "ternary_1.6":
-                tensor = pack_base3(unpack_ternary(tensor, layer.in_features))
+    def _packed(self, name: str, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        for leaf, tensor in PACKERS[type(layer)].tensors(layer, self._options):
             yield f"{name}.{leaf}", tensor
 
     def manifest(self, sha256: Mapping[str, str], provenance: Mapping[str, Any]) -> Manifest:
@@ -163,50 +165,15 @@ class _Plan:
             },
             provenance=provenance,
             written_by={"dit_qat": version("dit-qat"), "torch": torch.__version__},
+            version=self.version,
         )
 
 
-def check_levels(layer: PackedLinear) -> None:
-    """Refuse codes that are all the same: such a layer has lost its weight.
-
-    Raises:
-        ValueError: see above.
-    """
-    counts = count_ternary(layer.codes, layer.in_features)
-    if max(counts) == sum(counts):
-        level = counts.index(max(counts)) - 1
-        raise ValueError(
-            f"all {sum(counts)} codes are {level}: training or initialization went wrong here; "
-            "take another checkpoint, or leave the layer float by a rule with None"
-        )
-
-
-def _check_modules(model: nn.Module, skeleton: nn.Module) -> None:
-    """Name the modules that the format would not give back."""
-    wanted = {name: type(module) for name, module in skeleton.named_modules()}
-    kept = {QuantLinear: PackedLinear}
-    foreign = [
-        f"{name} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if wanted.get(name) is not kept.get(type(module), type(module))
-    ]
-    lacking = wanted.keys() - dict(model.named_modules()).keys()
-    if foreign or lacking:
-        raise ValueError(
-            f"the packed format cannot hold {listed(foreign or lacking)}: it holds QuantLinear, "
-            "QuantAttention and the float modules of the architecture; put the float module back "
-            "(a rule with None leaves it float), or merge what was added to it"
-        )
-    shapes = {name: value.shape for name, value in skeleton.named_parameters()}
-    differing = [
-        name
-        for name, value in model.named_parameters()
-        if shapes.get(name, value.shape) != value.shape
-    ]
-    if differing:
-        raise ValueError(
-            f"{listed(differing)}: other shapes than the architecture's own arguments give"
-        )
+def _entry(name: str, layer: nn.Module, options: PackOptions) -> ModuleEntry:
+    try:
+        return PACKERS[type(layer)].entry(layer, options)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
 
 
 def _check_plain(provenance: Mapping[str, Any]) -> None:
@@ -218,7 +185,13 @@ def _check_plain(provenance: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Make sure that a folder may be written, without touching it.
+
+    Raises:
+        FileExistsError: if it holds a packed model that may not go, or anything else.
+        NotADirectoryError: if it is a file.
+    """
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; choose another folder")
     if not target.exists() or not any(target.iterdir()):

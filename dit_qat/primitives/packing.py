@@ -8,10 +8,11 @@ Codes are packed along the last dimension; every row starts at a byte. Two layou
 * *base 3*: five ternary codes per byte. A row of n codes takes ``m = ceil(n / 5)`` bytes, each
   below 243: with ``d[i] = code[i] + 1``, byte j is
   ``d[4 j] + 3 d[4 j + 1] + 9 d[4 j + 2] + 27 d[4 j + 3] + 81 d[4 m + j]``. Four of the five are
-  those of byte j at 2 bits, so that one layout becomes the other by a table and a shift.
+  those of byte j at 2 bits, so that one layout becomes the other by operations on whole bytes.
 
 What lies beyond a row's last code is zero. Temporaries stay below a few megabytes, however large
-the tensor.
+the tensor. Storage is checked and converted on the CPU through numpy: it divides bytes 32 at a time
+where torch takes them one by one, and starts no threads, of which a loader has its own.
 """
 
 from collections.abc import Callable
@@ -39,6 +40,7 @@ __all__ = [
     "unpack_ternary",
 ]
 
+_CACHED = 256 << 10  # bytes that stay in the caches, with a few temporaries of their size
 _CHUNK = 1 << 19  # bytes or codes whose temporaries, about tenfold, exist at a time
 
 
@@ -75,7 +77,9 @@ def check_ternary(packed: Tensor, count: int) -> None:
         ValueError: for a field of 3, bits beyond the last code, or another width.
     """
     _check_width(packed, field_bytes(count, 2))
-    _refuse(packed & (packed >> 1) & 0x55, "2-bit fields of 3, which is no ternary code")
+    x = packed.cpu().numpy()
+    if (x & x // 2 & 0x55).any():
+        _refuse(packed & (packed >> 1) & 0x55, "2-bit fields of 3, which is no ternary code")
     _check_padding(packed, count * 2)
 
 
@@ -126,32 +130,58 @@ def check_base3(packed: Tensor, count: int) -> None:
     """
     width = base3_bytes(count)
     _check_width(packed, width)
-    if packed.numel() and int(packed.max()) >= 243:
+    if not packed.numel():
+        return
+    if packed.cpu().numpy().max() >= 243:
         _refuse(packed >= 243, "bytes of 243 or more, which are no five ternary codes")
-    for i in range(count, 5 * width):
-        column, power = (i // 4, 3 ** (i % 4)) if i < 4 * width else (i - 4 * width, 81)
-        _refuse(packed[..., column : column + 1] // power % 3, "ends that are not zero")
+    last = max(count - 4 * width, 0)  # column of the first fifth digit beyond the last code
+    if packed[..., last:].cpu().numpy().max(initial=0) >= 81:
+        _refuse(packed[..., last:] >= 81, "ends that are not zero", last)
+    for i in range(count, 4 * width):
+        digits = packed[..., i // 4 : i // 4 + 1] // 3 ** (i % 4) % 3
+        _refuse(digits, "ends that are not zero", i // 4)
 
 
 def base3_to_ternary(packed: Tensor, count: int) -> Tensor:
     """Five per byte to four per byte: (..., ceil(count/5)) to (..., ceil(count/4)), both uint8.
 
-    Bytes of 243 or more are read modulo 243; :func:`check_base3` refuses them.
+    Bytes of 243 or more become bytes that mean nothing; :func:`check_base3` refuses them.
     """
     width, out_width = base3_bytes(count), field_bytes(count, 2)
     _check_width(packed, width)
-    table = _base3_table(packed.device)
+    rows = packed.reshape(-1, width).cpu()
+    out = torch.empty(rows.shape[0], out_width, dtype=torch.uint8)
+    step = max(1, _CACHED // max(width, 1))
+    fifths = torch.empty(min(step, len(rows)), -(-width // 4) * 4, dtype=torch.uint8)
+    fifths[:, width:] = 0
+    for start in range(0, rows.shape[0], step):
+        _convert_base3(rows[start : start + step], out[start : start + step], fifths)
+    return out.reshape(*packed.shape[:-1], out_width).to(packed.device)
 
-    def convert(rows: Tensor) -> Tensor:
-        pairs = _pairs(_padded(rows, -(-width // 4) * 4))
-        found = table.index_select(0, pairs.flatten()).view(pairs.shape)
-        fours = found.to(torch.int16).view(torch.uint8)[:, :width]
-        # Two fifths of every pair, then those of two pairs, which lie four bits too far apart.
-        twos = (found >> 16).to(torch.uint8).view(torch.int16)
-        fifths = (twos | twos >> 4).to(torch.uint8)
-        return torch.cat([fours, fifths], dim=1)[:, :out_width]
 
-    return _by_rows(packed, out_width, torch.uint8, convert, width)
+def _convert_base3(rows: Tensor, out: Tensor, room: Tensor) -> None:
+    """A few rows of base 3 (rows, width) into ``out``; room has zeros behind column ``width``.
+
+    With ``q[k] = byte // 3**k``, digit k is ``q[k] - 3 q[k + 1]``, so that the first four at 2 bits
+    each are ``q[0] + q[1] + 4 q[2] + 16 q[3] - 192 q[4]``; modulo 256, -192 is 64.
+    """
+    (count, width), x, fields, fifths = rows.shape, rows.numpy(), out.numpy(), room.numpy()
+    q1 = x // 3
+    q2 = q1 // 3
+    q3 = q2 // 3
+    fours = q3 // 3
+    fifths[:count, :width] = fours
+    for lower in (q3, q2):
+        fours *= 4
+        fours += lower
+    fours *= 4
+    fours += q1
+    fours += x
+    fields[:, :width] = fours
+    # Fifths in the four bytes of a word: the product has them side by side in its upper byte.
+    words = fifths[:count].view("<u4") * (1 << 24 | 1 << 18 | 1 << 12 | 1 << 6)
+    words >>= 24
+    fields[:, width:] = words[:, : fields.shape[1] - width]
 
 
 def pack_int(codes: Tensor, bits: int, signed: bool = True) -> Tensor:
@@ -298,18 +328,6 @@ def _ternary_table(device: torch.device) -> Tensor:
         return (fields - 1).to(torch.int8).view(torch.int64).flatten().to(device)
 
 
-@lru_cache(maxsize=16)
-def _base3_table(device: torch.device) -> Tensor:
-    """For every pair of bytes: their first four digits at 2 bits each, then their two fifths."""
-    with torch.inference_mode(False):
-        pairs = torch.arange(1 << 16, device="cpu")
-        halves = torch.stack([pairs & 255, pairs >> 8], dim=1)
-        digits = [halves // power % 3 for power in (1, 3, 9, 27, 81)]
-        fours = digits[0] | digits[1] << 2 | digits[2] << 4 | digits[3] << 6
-        fields = fours[:, 0] | fours[:, 1] << 8 | digits[4][:, 0] << 16 | digits[4][:, 1] << 18
-        return fields.to(torch.int32).to(device)
-
-
 def _check_bits(bits: int) -> None:
     if not 1 <= bits <= 8:
         raise ValueError(f"bits={bits} is outside 1..8; choose bits in it")
@@ -325,13 +343,14 @@ def _check_width(packed: Tensor, width: int) -> None:
 
 def _check_padding(packed: Tensor, bits: int) -> None:
     if bits % 8:
-        _refuse(packed[..., -1:] >> (bits % 8), "ends that are not zero")
+        _refuse(packed[..., -1:] >> (bits % 8), "ends that are not zero", bits // 8)
 
 
-def _refuse(bad: Tensor, what: str) -> None:
+def _refuse(bad: Tensor, what: str, at: int = 0) -> None:
+    """Refuse what is not zero; column 0 of ``bad`` is byte ``at`` of a row."""
     if bool(bad.any()):
         row, column = (int(i) for i in bad.reshape(-1, bad.shape[-1]).nonzero()[0])
         raise ValueError(
             f"packed codes hold {what} ({int(bad.count_nonzero())} of them, first in row {row}, "
-            f"byte {column}); the data are damaged"
+            f"byte {at + column}); the data are damaged"
         )

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -337,18 +337,36 @@ def test_forged_headers_are_no_crash(
 class _Rotary(nn.Module):
     """Something with a buffer that no state dict holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
-        self.register_buffer("angles", torch.ones(3), persistent=False)
+        angles = torch.empty(3, device=device).fill_(2.0)
+        self.register_buffer("angles", angles, persistent=False)
 
 
-def test_buffers_that_no_file_holds_are_the_builders(tmp_path: Path) -> None:
-    register_architecture("rotary", _Rotary, lambda _: _Rotary(), lambda _: {})
-    try:
-        model = quantize_(_Rotary(), [Rule("linear", LayerConfig(low_rank=None))])
-        write_packed(model, tmp_path / "m")
-        with pytest.raises(ValueError, match="builder of 'rotary' leaves angles without values"):
-            load_quantized(tmp_path / "m")
-    finally:
-        del _BY_NAME["rotary"]
+@pytest.fixture
+def register() -> Iterator[Callable[[str | None], None]]:
+    """Enter that as an architecture, with its buffer made on some device."""
+
+    def enter(device: str | None) -> None:
+        register_architecture("rotary", _Rotary, lambda _: _Rotary(device), lambda _: {})
+
+    yield enter
+    del _BY_NAME["rotary"]
+
+
+def test_buffers_that_no_file_holds_are_the_builders(
+    tmp_path: Path, register: Callable[[str | None], None]
+) -> None:
+    register("cpu")
+    write_packed(quantize_(_Rotary(), [Rule("linear", LayerConfig(low_rank=None))]), tmp_path / "m")
+    assert load_quantized(tmp_path / "m").get_buffer("angles").tolist() == [2.0] * 3
+    register(None)
+    with pytest.raises(ValueError, match="builder of 'rotary' leaves angles without values"):
+        load_quantized(tmp_path / "m")
+
+
+def test_loading_draws_no_random_numbers(packed_folder: Path) -> None:
+    before = torch.get_rng_state()
+    load_quantized(packed_folder)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -65,6 +65,20 @@ def test_we_read_what_the_package_writes(tmp_path: Path) -> None:
         assert all(torch.equal(file.read(name)[0], TENSORS[name]) for name in TENSORS)
 
 
+def test_a_tensor_read_into_given_memory(tmp_path: Path) -> None:
+    path, room = tmp_path / "t.safetensors", torch.full((99,), 7, dtype=torch.uint8)
+    path.write_bytes(written(TENSORS, {})[0])
+    with open_tensors(path) as file:
+        file.fetch()
+        for name in ("größe", "b", "empty"):
+            tensor, digest = file.read(name, room)
+            assert torch.equal(tensor, TENSORS[name])
+            assert digest == file.read(name)[1]
+            assert not tensor.numel() or tensor.data_ptr() == room.data_ptr()
+            assert (room[tensor.nbytes :] == 7).all()
+            room.fill_(7)
+
+
 ENTRY = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
 
 

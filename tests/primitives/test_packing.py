@@ -1,5 +1,7 @@
 """Packing: exact inverses, the documented bytes, and damage found."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,6 +100,13 @@ def test_base_3_is_its_formula(width: int) -> None:
     assert pack_base3(codes).tolist() == expected
 
 
+def test_every_byte_of_base_3_becomes_its_fields() -> None:
+    codes = torch.cartesian_prod(*[torch.tensor([-1, 0, 1])] * 5)
+    packed = pack_base3(codes)
+    assert sorted(packed.flatten().tolist()) == list(range(243))
+    assert torch.equal(base3_to_ternary(packed, 5), pack_ternary(codes))
+
+
 def test_sizes_per_weight() -> None:
     assert base3_bytes(4608) * 8 / 4608 == pytest.approx(1.6, rel=1e-3)
     assert field_bytes(4608, 2) * 8 / 4608 == 2
@@ -115,6 +124,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pack_base3(codes), pack_ternary(codes), pack_int(codes, 3)
     counts = count_ternary(whole[1], 37)
     monkeypatch.setattr(packing, "_CHUNK", 64)
+    monkeypatch.setattr(packing, "_CACHED", 64)
     for one, other in zip(
         whole, (pack_base3(codes), pack_ternary(codes), pack_int(codes, 3)), strict=True
     ):
@@ -160,6 +170,27 @@ def test_checks_accept_exactly_what_packing_writes(data: st.DataObject) -> None:
             assert codes.max() > 1 or not torch.equal(pack(codes), packed)
         else:
             assert torch.equal(pack(unpack(packed, width)), packed)
+
+
+@pytest.mark.parametrize(
+    ("check", "width", "at", "byte", "message"),
+    [
+        (check_base3, 1152, 7, 243, "243 or more.*row 2, byte 7"),
+        (check_base3, 1152, 230, 81, "ends .*row 2, byte 230"),
+        (check_base3, 6, 1, 9, "ends .*row 2, byte 1"),
+        (check_ternary, 1152, 7, 0b11, "fields of 3.*row 2, byte 7"),
+        (check_ternary, 1151, 287, 0b1000000, "ends .*row 2, byte 287"),
+    ],
+)
+def test_damage_is_found_and_named(
+    check: Callable[[Tensor, int], None], width: int, at: int, byte: int, message: str
+) -> None:
+    size = base3_bytes(width) if check is check_base3 else field_bytes(width, 2)
+    packed = torch.zeros(3, size, dtype=torch.uint8)
+    check(packed, width)
+    packed[2, at] = byte
+    with pytest.raises(ValueError, match=message):
+        check(packed, width)
 
 
 @pytest.mark.parametrize("check", [check_ternary, check_base3, check_signs])

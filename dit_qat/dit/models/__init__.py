@@ -6,6 +6,7 @@ from dit_qat.dit.models.dit import DiT
 from dit_qat.dit.models.from_diffusers import dit_from_diffusers
 from dit_qat.dit.models.native import save_dit
 from dit_qat.dit.models.packed import register_dit
+from dit_qat.dit.models.packed_diffusers import register_diffusers
 from dit_qat.dit.models.published import save_published
 from dit_qat.dit.models.to_diffusers import dit_to_diffusers
 from dit_qat.dit.models.variants import dit_variant
@@ -28,6 +29,7 @@ __all__ = [
 
 
 register_dit()
+register_diffusers()
 
 
 def __getattr__(name: str) -> Any:

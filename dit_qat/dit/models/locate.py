@@ -14,8 +14,10 @@ from huggingface_hub.errors import (
 )
 
 from dit_qat.dit.models.hub import HTTP_ERROR
+from dit_qat.dit.models.native import not_float
 from dit_qat.dit.models.published import PUBLISHED_SUFFIXES
 from dit_qat.dit.models.transformer_folder import CONFIG_FILE, WEIGHT_FILES, shards_of
+from dit_qat.export.manifest import is_packed_folder
 
 __all__ = ["EMBEDDED_WEIGHTS", "NATIVE_FILE", "PIPELINE_INDEX", "locate"]
 
@@ -61,6 +63,8 @@ def locate(source: str | os.PathLike[str]) -> Path:
 
 
 def _inside(folder: Path) -> Path:
+    if is_packed_folder(folder):
+        raise not_float(folder)
     if (folder / NATIVE_FILE).is_file():
         return folder / NATIVE_FILE
     inner = folder / _TRANSFORMER if (folder / PIPELINE_INDEX).is_file() else folder
@@ -69,7 +73,7 @@ def _inside(folder: Path) -> Path:
     raise ValueError(
         f"{folder}: is a folder without float weights (neither {NATIVE_FILE}, nor {CONFIG_FILE} "
         f"of a DiTTransformer2DModel, nor {PIPELINE_INDEX} and {_TRANSFORMER}/{CONFIG_FILE} of a "
-        "DiTPipeline); give the file inside, or call load_quantized for a packed model"
+        "DiTPipeline); give the file inside"
     )
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from dit_qat.dit.models.dit import DiT
 from dit_qat.export.files import written_whole
 from dit_qat.export.folders import writing
+from dit_qat.export.manifest import FORMAT
 
-__all__ = ["float_state", "read_native", "save_dit"]
+__all__ = ["float_state", "not_float", "read_native", "save_dit"]
 
 
 def float_state(model: DiT) -> dict[str, Tensor]:
@@ -64,11 +65,13 @@ def read_native(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read the arguments of :class:`DiT` and the tensors from a file of :func:`save_dit`.
 
     Raises:
-        ValueError: If the file is damaged, was changed, or is not one of ours.
+        ValueError: If the file is damaged, was changed, is packed, or is not one of ours.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            if metadata.get("format") == FORMAT:
+                raise not_float(path.parent)
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
@@ -92,6 +95,15 @@ def read_native(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path}: the 'config' in the header is not a JSON object ({error}); write the file "
             "again with save_dit"
         ) from error
+
+
+def not_float(folder: Path) -> ValueError:
+    """What to say about a packed folder where float weights are wanted."""
+    return ValueError(
+        f"{folder}: holds packed weights, codes that nothing can be trained on; to run them, call "
+        "dit_qat.load_quantized, or DiT.from_pretrained; to train (model.float_weights), give the "
+        "float weights that they started from, or go on from the run's own checkpoint (--ckpt_path)"
+    )
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -10,6 +10,8 @@ __all__ = ["ARCHITECTURE", "register_dit"]
 
 ARCHITECTURE = "dit"
 
+_TIMESTEP = "t"
+
 # Beyond any DiT; a damaged number must not take hours or all memory.
 _LARGEST, _DEEPEST = 1 << 16, 1 << 10
 
@@ -28,4 +30,4 @@ def _describe(model: DiT) -> Mapping[str, Any]:
 
 def register_dit() -> None:
     """Let packed folders hold DiTs."""
-    register_architecture(ARCHITECTURE, DiT, _build, _describe)
+    register_architecture(ARCHITECTURE, DiT, _build, _describe, _TIMESTEP)

@@ -66,7 +66,8 @@ def load_packed_dit(folder: Path, device: torch.device | str = "cpu") -> DiT:
     model = load_quantized(folder, device)
     if not isinstance(model, DiT):
         raise ValueError(
-            f"{folder} holds a {architecture!r}, not a DiT; load it by dit_qat.load_quantized"
+            f"{folder} holds a {architecture!r}, not a DiT; load it by dit_qat.load_quantized, or "
+            "for a pipeline by dit_qat.dit.pipelines.packed_transformer"
         )
     return model
 

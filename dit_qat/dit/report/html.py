@@ -1,12 +1,12 @@
 """The report of a run: one HTML page with everything inside it, no scripts and no network."""
 
-from base64 import b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from statistics import stdev
 
+from dit_qat.dit.report.page import bullets, duration, page, paragraph, picture, section, table
 from dit_qat.dit.report.plots import Comparison, comparison_plot
 from dit_qat.export.files import written_whole
 
@@ -70,29 +70,29 @@ def write_report(path: Path, report: Report) -> None:
     Raises:
         ValueError: Scores without ``fd_digits`` or ``num_samples``, or an ablation without rows.
     """
-    page = _page(report)
+    text = _page(report)
     with written_whole(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _page(report: Report) -> str:
     sections = [
         f"<h1>{escape(report.title)}</h1>",
         _summary(report),
-        _section("Scores", _headline(report)),
-        _section("Samples", _picture(report.samples, "Samples of both models", _SAMPLES_NOTE)),
-        _section("Training", _picture(report.loss, "Loss over training steps", _LOSS_NOTE)),
+        section("Scores", _headline(report)),
+        section("Samples", picture(report.samples, "Samples of both models", _SAMPLES_NOTE)),
+        section("Training", picture(report.loss, "Loss over training steps", _LOSS_NOTE)),
     ]
     if report.bit_map is not None:
-        picture = _picture(report.bit_map, "Activation bits of layers", _BIT_MAP_NOTE)
-        sections.append(_section(f"Bit map, {report.average_bits:.3f} bits on average", picture))
+        drawing = picture(report.bit_map, "Activation bits of layers", _BIT_MAP_NOTE)
+        sections.append(section(f"Bit map, {report.average_bits:.3f} bits on average", drawing))
     if report.sensitivity is not None:
-        picture = _picture(report.sensitivity, "Sensitivity of layers", _SENSITIVITY_NOTE)
-        sections.append(_section("Sensitivity of layers", picture))
+        drawing = picture(report.sensitivity, "Sensitivity of layers", _SENSITIVITY_NOTE)
+        sections.append(section("Sensitivity of layers", drawing))
     if report.ablation is not None:
-        sections.append(_section("Baselines", _ablation(report.ablation)))
-    sections.append(_section("How to read this", _reading(report)))
-    return _FRAME.format(title=escape(report.title), style=_STYLE, body="\n".join(sections))
+        sections.append(section("Baselines", _ablation(report.ablation)))
+    sections.append(section("How to read this", _reading(report)))
+    return page(report.title, sections)
 
 
 def _summary(report: Report) -> str:
@@ -101,9 +101,9 @@ def _summary(report: Report) -> str:
         f"{report.method}: ternary weights and {report.bits:g}-bit activations, "
         f"{report.steps:,} steps of quantization-aware training from the float model, seed "
         f"{report.seed}; {_samples(report):,} samples per model ({report.sampling}); "
-        f"{_duration(report.seconds)} on {report.hardware} with {versions}."
+        f"{duration(report.seconds)} on {report.hardware} with {versions}."
     )
-    return f'<p class="summary">{escape(text)}</p>'
+    return paragraph(text, "summary")
 
 
 def _samples(report: Report) -> int:
@@ -117,12 +117,6 @@ def _score(scores: Mapping[str, float], name: str) -> float:
             "evaluate_digits returns"
         )
     return scores[name]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _headline(report: Report) -> str:
@@ -140,10 +134,10 @@ def _headline(report: Report) -> str:
     rows.append(_headline_row("Average activation bits", 32, report.average_bits, ".3g"))
     rows.append(_headline_row("Effective weight bits", 32, report.effective_weight_bits, ".3g"))
     if report.packed is not None:
-        sizes = (report.packed[key] / 1e6 for key in ("float32_bytes", "bytes"))
-        rows.append(_headline_row("Size of the file, MB", *sizes, ".2f"))
-    table = _table(("", "Float", "Quantized", "Quantized / float"), rows)
-    return table if report.packed is None else table + _pixels(report.packed)
+        sizes = [report.packed[key] / 1e6 for key in ("float32_bytes", "bytes")]
+        rows.append(_headline_row("Size of the file, MB", sizes[0], sizes[1], ".2f"))
+    scores = table(("", "Float", "Quantized", "Quantized / float"), rows)
+    return scores if report.packed is None else scores + _pixels(report.packed)
 
 
 def _pixels(packed: Mapping[str, float]) -> str:
@@ -151,7 +145,7 @@ def _pixels(packed: Mapping[str, float]) -> str:
         "The packed model, which multiplies integers, was run as well: "
         f"{packed['pixels_equal']:.4%} of the pixels it draws are those of the trained network."
     )
-    return f'<p class="note">{escape(text)}</p>'
+    return paragraph(text, "note")
 
 
 def _headline_row(label: str, before: float, after: float, form: str) -> tuple[str, ...]:
@@ -159,15 +153,15 @@ def _headline_row(label: str, before: float, after: float, form: str) -> tuple[s
     return label, format(before, form), format(after, form), ratio
 
 
-def _ablation(table: Comparison) -> str:
+def _ablation(compared: Comparison) -> str:
     rows = []
-    for row in table.rows:
+    for row in compared.rows:
         spread = f"{stdev(row.fd_digits):.1f}" if len(row.fd_digits) > 1 else "–"
         seeds = f"{len(row.fd_digits)}"
         rows.append((row.method, f"{row.bits:g}", f"{row.mean:.1f}", spread, seeds))
     header = ("Method", "Bits", "FD-digits", "Standard deviation", "Seeds")
-    picture = _picture(comparison_plot(table), "FD-digits by method and bits", _ABLATION_NOTE)
-    return picture + _table(header, rows)
+    drawing = picture(comparison_plot(compared), "FD-digits by method and bits", _ABLATION_NOTE)
+    return drawing + table(header, rows)
 
 
 def _reading(report: Report) -> str:
@@ -187,31 +181,7 @@ def _reading(report: Report) -> str:
         "Effective weight bits count what a packed model would store for the quantized layers, "
         "scales and low-rank branches included.",
     )
-    return "<ul>" + "".join(f"<li>{escape(point)}</li>" for point in points) + "</ul>"
-
-
-def _section(heading: str, content: str) -> str:
-    return f"<section>\n<h2>{escape(heading)}</h2>\n{content}\n</section>"
-
-
-def _picture(png: bytes, name: str, note: str) -> str:
-    source = f"data:image/png;base64,{b64encode(png).decode('ascii')}"
-    return (
-        f'<figure><img src="{source}" alt="{escape(name)}">'
-        f"<figcaption>{escape(note)}</figcaption></figure>"
-    )
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    body = "\n".join(_table_row(row) for row in rows)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-
-
-def _table_row(row: Iterable[str]) -> str:
-    first, *rest = row
-    cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
-    return f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>'
+    return bullets(points)
 
 
 _SAMPLES_NOTE = "The same noise and the same labels on both sides, image by image."
@@ -226,56 +196,3 @@ _BIT_MAP_NOTE = (
     "sum within the budget."
 )
 _ABLATION_NOTE = "Bars are means over seeds, dots single seeds, the dashed line the float model."
-
-_FRAME = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-_STYLE = """\
-:root { color-scheme: light dark; --page: #fff; --ink: #222; --faint: #666; --line: #ddd; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #16181b; --ink: #e4e4e2; --faint: #a0a4a8; --line: #3a3e43; }
-}
-body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
-  font-family: system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; }
-main { max-width: 760px; margin: 0 auto; padding: 2rem 1.25rem 3rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .6rem; }
-h2 { font-size: 1.1rem; margin: 2.2rem 0 .7rem; }
-.summary { margin: 0; color: var(--faint); overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-th:last-child, td:last-child { padding-right: 0; }
-thead th { color: var(--faint); font-size: .85rem; font-weight: 500; vertical-align: bottom; }
-tbody th { font-weight: 400; }
-figure { margin: 0 0 1rem; }
-p.note { margin: .6rem 0 0; }
-img { display: block; box-sizing: border-box; width: 100%; height: auto; background: #fff; }
-figcaption { margin-top: .4rem; color: var(--faint); font-size: .85rem; }
-ul { margin: 0; padding-left: 1.1rem; }
-li { margin-bottom: .4rem; }
-@media (prefers-color-scheme: dark) { img { padding: .6rem; border-radius: 6px; } }
-@media print {
-  :root { color-scheme: light; --page: #fff; --ink: #000; --faint: #444; --line: #bbb; }
-  main { max-width: none; padding: 0; }
-  img { padding: 0; max-height: 22cm; object-fit: contain; object-position: left; }
-  figure, table, li { break-inside: avoid; }
-  h2 { break-after: avoid; }
-}
-"""

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from math import isfinite
 from statistics import fmean
 
@@ -12,15 +11,28 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator
 from torch import Tensor
 from torch.nn import functional as F
 
 from dit_qat.allocation import BitMap
 from dit_qat.dit.evaluation.images import image_grid
 from dit_qat.dit.evaluation.sensitivity import Sensitivity
+from dit_qat.dit.report.style import (
+    DPI,
+    FAINT,
+    INK,
+    LINES,
+    SMALL,
+    TEXT,
+    WIDTH,
+    as_png,
+    colour_bar,
+    cycle,
+    new_figure,
+    plain_log_ticks,
+)
 
 __all__ = [
     "Comparison",
@@ -32,13 +44,6 @@ __all__ = [
     "side_by_side",
 ]
 
-# Sized for a column of 760 CSS pixels: a point of text here is 1.39 pixels there.
-_WIDTH = 7.6
-_DPI = 200
-_TEXT, _SMALL = 9.0, 8.0
-_INK, _FAINT, _LINES = "#222222", "#777777", "#e3e3e3"
-# Okabe and Ito's colours, told apart by every kind of colour vision.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _SENSITIVITY_COLOURS = "YlGnBu"
 _CHOSEN = "#d55e00"
 
@@ -97,8 +102,8 @@ def loss_plot(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> 
     """
     if not curves:
         raise ValueError("there are no loss curves to draw; pass at least one")
-    figure, axes = _figure(3.0)
-    for (name, (steps, values)), colour in zip(curves.items(), _cycle(len(curves)), strict=True):
+    figure, axes = new_figure(3.0)
+    for (name, (steps, values)), colour in zip(curves.items(), cycle(len(curves)), strict=True):
         if len(steps) != len(values):
             raise ValueError(f"curve {name!r} has {len(steps)} steps but {len(values)} values")
         x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
@@ -107,13 +112,13 @@ def loss_plot(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> 
         axes.plot(x, y, color=colour, alpha=0.22, linewidth=0.7)
         axes.plot(x, _running_mean(y), color=colour, linewidth=1.6, label=name)
     axes.set_yscale("log")
-    _plain_log_ticks(axes)
-    axes.grid(axis="y", color=_LINES, linewidth=0.6)
-    axes.set_xlabel("training step", fontsize=_TEXT)
-    axes.set_ylabel("loss", fontsize=_TEXT)
+    plain_log_ticks(axes)
+    axes.grid(axis="y", color=LINES, linewidth=0.6)
+    axes.set_xlabel("training step", fontsize=TEXT)
+    axes.set_ylabel("loss", fontsize=TEXT)
     axes.margins(x=0.01)
-    axes.legend(frameon=False, fontsize=_TEXT, loc="upper right")
-    return _png(figure)
+    axes.legend(frameon=False, fontsize=TEXT, loc="upper right")
+    return as_png(figure)
 
 
 def sensitivity_plot(sensitivity: Sensitivity) -> bytes:
@@ -125,9 +130,9 @@ def sensitivity_plot(sensitivity: Sensitivity) -> bytes:
         ValueError: The matrix holds no layers or no bits.
     """
     figure, axes = _score_map(sensitivity)
-    _outline(axes, sensitivity, colour=_FAINT, width=0.8)
-    axes.set_xlabel("activation bits of this layer alone", fontsize=_TEXT)
-    return _png(figure)
+    _outline(axes, sensitivity, colour=FAINT, width=0.8)
+    axes.set_xlabel("activation bits of this layer alone", fontsize=TEXT)
+    return as_png(figure)
 
 
 def bit_map_plot(found: BitMap) -> bytes:
@@ -142,15 +147,15 @@ def bit_map_plot(found: BitMap) -> bytes:
     table = Sensitivity(found.layers, found.choices, above, found.bits, found.costs)
     figure, axes = _score_map(table, "score above the layer's best choice")
     _outline(axes, table, colour=_CHOSEN, width=2.0)
-    axes.set_xlabel("activation bits (framed: allocated)", fontsize=_TEXT)
+    axes.set_xlabel("activation bits (framed: allocated)", fontsize=TEXT)
     cost = sum(b * c for b, c in zip(found.bits, found.costs, strict=True))
     figure.suptitle(
         f"{found.average_bits:.3f} bits on average, {found.average_asked:g} allowed "
         f"({cost / 1e6:.3g} million weight bits per token)",
-        fontsize=_TEXT + 1,
-        color=_INK,
+        fontsize=TEXT + 1,
+        color=INK,
     )
-    return _png(figure)
+    return as_png(figure)
 
 
 def _score_map(
@@ -161,19 +166,19 @@ def _score_map(
         raise ValueError(f"a sensitivity of shape {values.shape} has nothing to draw")
     rows, columns = values.shape
     pitch = 0.235 if rows <= 48 else 0.16
-    figure, axes = _figure(1.25 + pitch * rows)
+    figure, axes = new_figure(1.25 + pitch * rows)
     positive = values[np.isfinite(values) & (values > 0)]
     low, high = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
     norm = LogNorm(low, max(high, low * 10))
     drawn = np.ma.masked_where(~(values > 0), values)
     picture = axes.imshow(drawn, cmap=_SENSITIVITY_COLOURS, norm=norm, aspect="auto")
     axes.set_xticks(range(columns), [f"{b}" for b in sensitivity.bits])
-    axes.set_yticks(range(rows), sensitivity.layers, fontsize=_SMALL if rows <= 48 else 6.5)
+    axes.set_yticks(range(rows), sensitivity.layers, fontsize=SMALL if rows <= 48 else 6.5)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if values.size <= _MOST_ANNOTATED_CELLS:
         _annotate(axes, values, norm)
-    _colour_bar(figure, axes, picture, unit)
+    colour_bar(figure, axes, picture, unit)
     return figure, axes
 
 
@@ -189,9 +194,9 @@ def comparison_plot(table: Comparison) -> bytes:
         raise ValueError("the comparison has no rows to draw; leave it out of the report")
     methods = list(dict.fromkeys(row.method for row in table.rows))
     bits = sorted({row.bits for row in table.rows}, reverse=True)
-    figure, axes = _figure(3.2)
+    figure, axes = new_figure(3.2)
     width = 0.8 / len(methods)
-    colours = dict(zip(methods, _cycle(len(methods)), strict=True))
+    colours = dict(zip(methods, cycle(len(methods)), strict=True))
     for group, group_bits in enumerate(bits):
         # Bars that are there stand together, whatever is missing at these bits.
         rows = sorted(
@@ -207,13 +212,13 @@ def comparison_plot(table: Comparison) -> bytes:
         handles,
         methods,
         frameon=False,
-        fontsize=_TEXT,
+        fontsize=TEXT,
         ncols=min(4, len(methods)),
         loc="lower left",
         bbox_to_anchor=(0, 1),
         borderaxespad=0.2,
     )
-    return _png(figure)
+    return as_png(figure)
 
 
 def side_by_side(left: Tensor, right: Tensor, titles: tuple[str, str], columns: int = 10) -> bytes:
@@ -226,32 +231,12 @@ def side_by_side(left: Tensor, right: Tensor, titles: tuple[str, str], columns: 
     """
     if not len(left) or not len(right):
         raise ValueError(f"{len(left)} and {len(right)} images: both sides need at least one")
-    room = int(_WIDTH * _DPI)
+    room = int(WIDTH * DPI)
     cell = room // (2 * max(columns, 1) + 1)
     grids = [
         _spaced_grid(images, columns, max(1, cell // images.shape[-1])) for images in (left, right)
     ]
     return _titled(grids, titles, middle=max(cell // 2, 8))
-
-
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure((_WIDTH, height), dpi=_DPI, layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(colors=_FAINT, labelcolor=_INK, labelsize=_TEXT)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _cycle(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
 
 
 def _running_mean(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -268,14 +253,6 @@ def _running_mean(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return mean
 
 
-def _plain_log_ticks(axes: Axes) -> None:
-    """Ticks at 1, 2 and 5 times powers of ten, written out."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
 def _outline(axes: Axes, sensitivity: Sensitivity, colour: str, width: float) -> None:
     for row, present in enumerate(sensitivity.present_bits):
         if present in sensitivity.bits:
@@ -287,25 +264,14 @@ def _annotate(axes: Axes, values: npt.NDArray[np.float64], norm: LogNorm) -> Non
     for (row, column), value in np.ndenumerate(values):
         dark = value > 0 and norm(value) > 0.62
         text = f"{value:.2g}" if value else "0"
-        colour = "white" if dark else _INK
-        axes.text(column, row, text, ha="center", va="center", fontsize=_SMALL - 0.5, color=colour)
-
-
-def _colour_bar(figure: Figure, axes: Axes, picture: AxesImage, unit: str) -> None:
-    """Above the map and of fixed height, so that a map of a hundred layers has it in sight."""
-    share = 0.35 / figure.get_figheight()
-    bar = figure.colorbar(
-        picture, ax=axes, location="top", fraction=share, pad=share / 3, aspect=50
-    )
-    bar.set_label(unit, fontsize=_TEXT, color=_INK)
-    bar.ax.tick_params(which="both", labelsize=_SMALL, color=_FAINT, labelcolor=_INK)
-    bar.outline.set_visible(False)
+        colour = "white" if dark else INK
+        axes.text(column, row, text, ha="center", va="center", fontsize=SMALL - 0.5, color=colour)
 
 
 def _bar(axes: Axes, row: ComparisonRow, x: float, width: float, colour: str) -> None:
     axes.bar(x, row.mean, width * 0.9, color=colour, alpha=0.75)
     shifts = np.linspace(-1, 1, len(row.fd_digits) + 2)[1:-1] * width * 0.35
-    dots = {"color": "white", "edgecolors": _INK, "linewidths": 0.7, "zorder": 3}
+    dots = {"color": "white", "edgecolors": INK, "linewidths": 0.7, "zorder": 3}
     axes.scatter(x + shifts, row.fd_digits, s=11, **dots)  # type: ignore[arg-type]
     axes.annotate(
         f"{row.mean:.1f}",
@@ -313,8 +279,8 @@ def _bar(axes: Axes, row: ComparisonRow, x: float, width: float, colour: str) ->
         xytext=(0, 4),
         textcoords="offset points",
         ha="center",
-        fontsize=_SMALL,
-        color=_INK,
+        fontsize=SMALL,
+        color=INK,
     )
 
 
@@ -324,18 +290,18 @@ def _comparison_axes(axes: Axes, table: Comparison, bits: Sequence[float]) -> No
     if log:
         axes.set_yscale("log")
         axes.set_ylim(bottom=min(1.0, min(means) / 2))
-        _plain_log_ticks(axes)
+        plain_log_ticks(axes)
     highest = max(value for row in table.rows for value in row.fd_digits)
     axes.set_ylim(top=highest * (1.6 if log else 1.12))
-    axes.grid(axis="y", color=_LINES, linewidth=0.6)
+    axes.grid(axis="y", color=LINES, linewidth=0.6)
     axes.set_xlim(-0.5, len(bits) - 0.5)
     axes.xaxis.set_major_locator(FixedLocator(list(range(len(bits)))))
     axes.set_xticklabels([f"{b:g} bits" for b in bits])
     axes.tick_params(axis="x", length=0)
-    axes.set_ylabel("FD-digits (lower is better)", fontsize=_TEXT)
+    axes.set_ylabel("FD-digits (lower is better)", fontsize=TEXT)
     if table.float_fd_digits is not None:
         level = table.float_fd_digits
-        axes.axhline(level, color=_INK, linewidth=1, linestyle=(0, (4, 2)), zorder=2.5)
+        axes.axhline(level, color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=2.5)
         axes.annotate(
             f"float\n{level:.1f}",
             (1, level),
@@ -343,8 +309,8 @@ def _comparison_axes(axes: Axes, table: Comparison, bits: Sequence[float]) -> No
             xytext=(3, 0),
             textcoords="offset points",
             va="center",
-            fontsize=_SMALL,
-            color=_INK,
+            fontsize=SMALL,
+            color=INK,
         )
 
 
@@ -364,12 +330,12 @@ def _titled(grids: Sequence[npt.NDArray[np.uint8]], titles: Sequence[str], middl
     height = max(len(grid) for grid in grids)
     width = sum(grid.shape[1] for grid in grids) + middle * (len(grids) - 1)
     header = width // 24
-    figure = Figure((width / _DPI, (height + header) / _DPI), dpi=_DPI, facecolor="white")
+    figure = Figure((width / DPI, (height + header) / DPI), dpi=DPI, facecolor="white")
     left = 0
     for grid, title in zip(grids, titles, strict=True):
         figure.figimage(grid, left, height - len(grid))
-        size = 1.15 * _TEXT * width / (_WIDTH * _DPI)
+        size = 1.15 * TEXT * width / (WIDTH * DPI)
         at = (left / width, (height + header * 0.3) / (height + header))
-        figure.text(*at, title, fontsize=size, color=_INK, va="baseline")
+        figure.text(*at, title, fontsize=size, color=INK, va="baseline")
         left += grid.shape[1] + middle
-    return _png(figure)
+    return as_png(figure)

@@ -17,7 +17,16 @@ from dit_qat.dit.diffusion import NoiseSchedule
 from dit_qat.dit.models.dit import DiT
 from dit_qat.dit.randomness import generator_for
 
-__all__ = ["SamplerConfig", "sample_images", "to_uint8"]
+__all__ = [
+    "SamplerConfig",
+    "build_scheduler",
+    "label_lookup",
+    "predict",
+    "sample_images",
+    "start_noise",
+    "step_options",
+    "to_uint8",
+]
 
 Labels = Sequence[int] | Callable[[int], int]
 SamplerKind = Literal["ddpm", "ddim", "dpm_solver++"]
@@ -109,7 +118,7 @@ def sample_images(
         raise ValueError("image indices must be from 0 and without duplicates")
     if config.guidance != 1.0:
         _ = model.null_class  # raises where guidance is impossible
-    return _batches(model, config, wanted, _label_lookup(model, wanted, labels), progress)
+    return _batches(model, config, wanted, label_lookup(model, wanted, labels), progress)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -166,15 +175,13 @@ def _sample_batch(
     """Compute one whole batch of the index grid, (len(rows), C, H, W)."""
     device = next(model.parameters()).device
     generators = [generator_for(config.seed, "image", row) for row in rows]
-    shape = (1, model.in_channels, model.input_size, model.input_size)
-    x = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    x = x.to(device)
+    x = start_noise(model, generators).to(device)
     y = None if y is None else y.to(device)
-    scheduler, timesteps = _scheduler(config, model.learn_sigma)
-    options = _step_options(config, generators)
+    scheduler, timesteps = build_scheduler(config, model.learn_sigma)
+    options = step_options(config, generators)
     with _evaluating(model), torch.inference_mode():
         for t, step in zip(timesteps, scheduler.timesteps, strict=True):
-            output = _predict(model, config, x, torch.full((len(rows),), t, device=device), y)
+            output = predict(model, config, x, torch.full((len(rows),), t, device=device), y)
             if config.kind != "ddpm":
                 output = output[:, : model.in_channels]
             x = scheduler.step(output, step, x, **options).prev_sample
@@ -182,7 +189,13 @@ def _sample_batch(
     return x
 
 
-def _predict(model: DiT, config: SamplerConfig, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+def start_noise(model: DiT, generators: Iterable[torch.Generator]) -> Tensor:
+    """First noise of one image per generator, on the CPU: (N, C, H, W)."""
+    shape = (1, model.in_channels, model.input_size, model.input_size)
+    return torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def predict(model: DiT, config: SamplerConfig, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
     """Call the model, guided if asked, in the configured precision: float32 out."""
     bf16 = config.precision == "bf16"
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16):
@@ -200,7 +213,7 @@ def _predict(model: DiT, config: SamplerConfig, x: Tensor, t: Tensor, y: Tensor 
     return output.float()
 
 
-def _scheduler(config: SamplerConfig, learned_variance: bool) -> tuple[Any, list[int]]:
+def build_scheduler(config: SamplerConfig, learned_variance: bool) -> tuple[Any, list[int]]:
     """Return a diffusers scheduler, and the training timestep for each of its steps.
 
     DDPM and DDIM run on a schedule of their own that has only the chosen timesteps, as in the
@@ -251,7 +264,8 @@ def _spaced_timesteps(steps: int, spacing: Spacing) -> list[int]:
     return [round((count - 1) * i / (steps - 1)) for i in range(steps)]
 
 
-def _step_options(config: SamplerConfig, generators: list[torch.Generator]) -> dict[str, Any]:
+def step_options(config: SamplerConfig, generators: list[torch.Generator]) -> dict[str, Any]:
+    """What a scheduler's ``step`` takes beside the prediction, the timestep and x."""
     if config.kind == "ddpm":
         return {"generator": generators}
     if config.kind == "dpm_solver++":
@@ -264,10 +278,14 @@ def _step_options(config: SamplerConfig, generators: list[torch.Generator]) -> d
     }
 
 
-def _label_lookup(
+def label_lookup(
     model: DiT, indices: list[int], labels: Labels | None
 ) -> Callable[[int], int] | None:
-    """Return the label of any index, or None for an unconditional model."""
+    """Return the label of any index, or None for an unconditional model.
+
+    Raises:
+        ValueError: for labels that the model does not have, or not one per index.
+    """
     classes = model.num_classes
     if not classes:
         if labels is not None:

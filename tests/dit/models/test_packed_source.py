@@ -8,7 +8,7 @@ from dit_qat import quantize_
 from dit_qat.dit.convert.difference import fixed_inputs, outputs
 from dit_qat.dit.exporting import export_network
 from dit_qat.dit.methods import RobuQ
-from dit_qat.dit.models import DiT, locate, packed_source, save_dit
+from dit_qat.dit.models import DiT, load_dit, load_weights_, locate, packed_source, save_dit
 from dit_qat.dit.models.packed_source import locate_weights
 from dit_qat.layers import PackedLinear
 
@@ -52,6 +52,30 @@ def test_a_packed_folder_stays_packed(network, packed):
     torch.testing.assert_close(outputs(loaded, inputs), outputs(network.eval(), inputs))
     assert locate_weights(packed) == (packed, True)
     assert locate_weights(packed / "model.safetensors") == (packed, True)
+
+
+def test_packed_weights_are_no_float_weights(packed, make_dit):
+    """Wherever a training run would take them from: nothing is made float behind its back."""
+    for source in (packed, packed / "model.safetensors"):
+        with pytest.raises(ValueError, match=r"packed: holds packed.* dit_qat\.load_quantized"):
+            load_dit(source)
+        with pytest.raises(ValueError, match=r"to train \(model\.float_weights\), give the float"):
+            load_weights_(make_dit(), source)
+    (packed / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="holds packed weights"):
+        load_dit(packed)
+
+
+def test_a_packed_folder_without_tensors_is_told_apart(packed):
+    (packed / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds packed weights"):
+        load_dit(packed)
+
+
+def test_a_packed_repository_is_no_float_one(packed, hub):
+    shutil.copytree(packed, hub[0], dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="holds packed weights"):
+        load_dit("org/name")
 
 
 def test_float_weights_are_float_weights(make_dit, tmp_path, same_state):

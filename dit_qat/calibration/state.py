@@ -1,0 +1,171 @@
+"""Finished blocks on disk, so that a killed run goes on where it was."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dit_qat.calibration.trees import load_tree, replacing, save_tree, tensors_of
+from dit_qat.layers.int_linear import IntLinear, IntLinearConfig
+
+__all__ = ["ModuleCodec", "ResumeState", "fingerprint", "register_codec", "tensors_digest"]
+
+_STATE = "state.json"
+_SAMPLED = 1024
+
+
+class ModuleCodec(Protocol):
+    """How modules of one class are told in plain values and built again."""
+
+    def describe(self, module: Any) -> dict[str, Any]:
+        """Plain values from which :meth:`build` makes a module of the same shapes."""
+
+    def build(self, description: Mapping[str, Any]) -> nn.Module:
+        """A module, perhaps on the meta device, whose state dict is about to be replaced."""
+
+
+class _LinearCodec:
+    def describe(self, module: nn.Linear) -> dict[str, Any]:
+        return _sizes(module)
+
+    def build(self, description: Mapping[str, Any]) -> nn.Module:
+        return nn.Linear(**description, device="meta")
+
+
+class _IntLinearCodec:
+    def describe(self, module: IntLinear) -> dict[str, Any]:
+        return {**_sizes(module), "config": module.config.plain()}
+
+    def build(self, description: Mapping[str, Any]) -> nn.Module:
+        config = IntLinearConfig.from_plain(description["config"])
+        return IntLinear(**{**description, "config": config}, device="meta")
+
+
+def _sizes(module: nn.Linear | IntLinear) -> dict[str, Any]:
+    sizes = {"in_features": module.in_features, "out_features": module.out_features}
+    return {**sizes, "bias": module.bias is not None}
+
+
+_CODECS: dict[str, ModuleCodec] = {"Linear": _LinearCodec(), "IntLinear": _IntLinearCodec()}
+
+
+def register_codec(module_class: type[nn.Module], codec: ModuleCodec) -> None:
+    """Teach :class:`ResumeState` to keep modules of another class."""
+    _CODECS[module_class.__name__] = codec
+
+
+class ResumeState:
+    """A folder of finished blocks, each whole or absent.
+
+    Args:
+        folder: Where they are.
+        fingerprint: Of all that decides the result: model, calls, method and its configuration.
+
+    Raises:
+        ValueError: if the folder holds blocks of another fingerprint.
+    """
+
+    version: ClassVar[int] = 1
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder, self.fingerprint = Path(folder), fingerprint
+        path, wanted = self.folder / _STATE, {"version": self.version, "fingerprint": fingerprint}
+        if path.is_file():
+            self._check(path, wanted)
+        else:
+            text = json.dumps(wanted, indent=2) + "\n"
+
+            def write(temporary: Path) -> None:
+                temporary.write_text(text, encoding="utf-8")
+
+            replacing(path, write)
+
+    def save(self, index: int, modules: Mapping[str, nn.Module]) -> None:
+        """Keep the modules of a finished block, by full name.
+
+        Raises:
+            ValueError: for a module of a class without codec.
+        """
+        entries = {}
+        for name, module in modules.items():
+            kind = type(module).__name__
+            if kind not in _CODECS:
+                raise ValueError(
+                    f"{name} is a {kind}, which no finished block can be kept with; register a "
+                    "codec for it, or run without a state folder"
+                )
+            tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, Tensor)}
+            description = _CODECS[kind].describe(module)
+            entries[name] = {"kind": kind, "description": description, "tensors": tensors}
+        save_tree(self._path(index), entries)
+
+    def load(self, index: int) -> dict[str, nn.Module] | None:
+        """The modules of a block, on the CPU; None if it was not finished.
+
+        Raises:
+            ValueError: if its file is damaged.
+        """
+        path = self._path(index)
+        if not path.is_file():
+            return None
+        found = {}
+        for name, entry in load_tree(path).items():
+            if entry["kind"] not in _CODECS:
+                raise ValueError(f"{path} holds a {entry['kind']}, unknown here; remove the folder")
+            module = _CODECS[entry["kind"]].build(entry["description"])
+            _fill(module, entry["tensors"])
+            found[name] = module
+        return found
+
+    def save_notes(self, index: int, notes: Mapping[str, Any]) -> None:
+        """Keep plain values about a block; before the block itself, which makes them count."""
+        save_tree(self.folder / f"notes_{index:04d}.safetensors", dict(notes))
+
+    def all_notes(self) -> dict[str, Any]:
+        """Plain values about all blocks."""
+        found: dict[str, Any] = {}
+        for path in sorted(self.folder.glob("notes_*.safetensors")):
+            found |= load_tree(path)
+        return found
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block_{index:04d}.safetensors"
+
+    def _check(self, path: Path, wanted: Mapping[str, Any]) -> None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); remove {self.folder}") from error
+        if found != wanted:
+            raise ValueError(
+                f"{self.folder} holds finished blocks of another run (model, calibration, method "
+                "or configuration differ); choose another folder, or remove it to start over"
+            )
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in, keeping the dtype of each, and what else a state dict holds."""
+    extra = {k: v for k, v in module.state_dict().items() if not isinstance(v, Tensor)}
+    module.load_state_dict({**extra, **tensors}, assign=True)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tell models apart: class, names and shapes, and a sample of the values of each tensor."""
+    return type(model).__name__ + ":" + tensors_digest(model.state_dict())
+
+
+def tensors_digest(tree: Any) -> str:
+    """Tell trees of tensors apart, by shapes and a sample of the values of each."""
+    digest = hashlib.blake2b(digest_size=16)
+    names = tree.keys() if isinstance(tree, Mapping) else ()
+    digest.update("/".join(names).encode())
+    for tensor in tensors_of(tree):
+        digest.update(f"{tuple(tensor.shape)}/{tensor.dtype}".encode())
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

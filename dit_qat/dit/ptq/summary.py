@@ -1,0 +1,149 @@
+"""A finished run in plain values, in words and in pictures."""
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_qat import __version__
+from dit_qat.dit.ptq.comparison import Comparison, score_lines
+from dit_qat.dit.ptq.job import Prepared
+from dit_qat.dit.ptq.report import PTQReport, Score
+from dit_qat.dit.ptq.results import DRAWN, Results, as_plain, policy_of
+from dit_qat.dit.ptq.run import PTQResult
+from dit_qat.dit.ptq.text_to_image import video_writer
+from dit_qat.dit.report.plots_policy import policy_plot
+from dit_qat.dit.report.plots_ptq import layer_error_plot, pairs_plot, step_error_plot
+
+__all__ = ["metrics_of", "results_of"]
+
+_RESUMED = "The run went on after a kill; seconds are those of its last process."
+
+
+def metrics_of(
+    prepared: Prepared,
+    result: PTQResult,
+    found: Comparison,
+    sizes: Mapping[str, int],
+    drawn: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    resumed: bool,
+) -> dict[str, Any]:
+    """The content of ``metrics.json``."""
+    plain = result.plain()
+    policy = plain["report"].pop("policy", None)  # in a file of its own
+    return as_plain(
+        {
+            **prepared.job.plain(),
+            **plain["average_bits"],
+            **found.errors.plain(),
+            **({} if found.path is None else found.path.plain()),
+            **found.plain,
+            "packed": dict(sizes),
+            "prompts": dict(drawn) or None,
+            "policy": None if policy is None else "policy.json",
+            "layers": plain["layers"],
+            "calibration_bytes": plain["calibration_bytes"],
+            "report": plain["report"],
+            "notes": result.layers,
+            "seconds": sum(seconds.values()),
+            "seconds_by_stage": dict(seconds),
+            "resumed": resumed,
+            "hardware": _hardware(prepared.job.device),
+            "versions": _versions(),
+        }
+    )
+
+
+def results_of(
+    prepared: Prepared,
+    result: PTQResult,
+    found: Comparison,
+    metrics: Mapping[str, Any],
+    drawn: Mapping[str, Any],
+    state: Path,
+) -> Results:
+    """What goes into the folder beside the packed model."""
+    policy = policy_of(prepared.subject.model, result.report)
+    curves = {"output": (list(found.errors.by_timestep), list(found.errors.by_timestep.values()))}
+    if found.path is not None:
+        curves["trajectory"] = (list(found.path.timesteps), list(found.path.by_step))
+    pictures = {
+        "layers.png": layer_error_plot(found.errors.layers),
+        "timesteps.png": step_error_plot(curves),
+    }
+    if policy is not None:
+        pictures["policy.png"] = policy_plot(policy)
+    if found.pictures is not None:
+        pictures["samples.png"] = pairs_plot(*found.pictures)
+    size = metrics["packed"]
+    lines = [*found.scores, *score_lines(drawn)]
+    lines.append(Score("Size of the file, MB", size["float_bytes"] / 1e6, size["bytes"] / 1e6))
+    report = PTQReport(
+        title=_title(prepared, result.averages),
+        model=prepared.subject.name,
+        method=prepared.job.method.name,
+        calibration=prepared.calibration_text,
+        sampling=prepared.sampling_text,
+        seed=prepared.job.seed,
+        seconds=metrics["seconds_by_stage"],
+        hardware=metrics["hardware"],
+        versions=metrics["versions"],
+        averages=result.averages,
+        errors=found.errors,
+        path=found.path,
+        scores=lines,
+        layers=result.table,
+        samples=pictures.get("samples.png"),
+        policy=pictures.get("policy.png"),
+        notes=[*found.notes, *_notes(prepared, drawn), *([_RESUMED] if metrics["resumed"] else [])],
+    )
+    folder = state / DRAWN if drawn else None
+    return Results(metrics, report, pictures, None if policy is None else policy.as_dict(), folder)
+
+
+def _title(prepared: Prepared, averages: Mapping[str, float]) -> str:
+    weights, activations = averages["weight_bits"], averages["activation_bits"]
+    name = prepared.subject.name.rstrip("/").rpartition("/")[2]
+    return f"{prepared.job.method.name} on {name}, W{weights:.3g}A{activations:.3g}"
+
+
+def _notes(prepared: Prepared, drawn: Mapping[str, Any]) -> list[str]:
+    """What the page must say about this run."""
+    notes = []
+    if prepared.subject.pipeline is not None:
+        notes.append(
+            "Only the transformer is quantized: text encoders and autoencoder compute as before."
+        )
+    elif prepared.autoencoder is None and prepared.subject.dit.in_channels not in (1, 3):
+        notes.append("There are no pictures: no decoder of latents was given (--vae).")
+    if drawn:
+        notes.append(
+            f"{drawn['samples']} samples of {drawn['prompts']} prompts are in images/float and "
+            f"images/quantized, in the layout of {drawn['layout']}, whose own scorer is to be run "
+            "on both."
+        )
+        if drawn["layout"] == "vbench" and video_writer() is None:
+            notes.append(
+                "Videos are folders of PNGs: nothing here writes videos (pip install "
+                "imageio[ffmpeg]); VBench reads them once they are .mp4 files."
+            )
+        notes += drawn["missing"].values()
+    return list(dict.fromkeys(notes))
+
+
+def _hardware(device: torch.device | str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "dit_qat": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,274 @@
+"""Every method of post-training quantization on one model: the table of docs/ptq.md.
+
+Each method at its own published granularity, all on the same recorded calls; effective bits stand
+beside the nominal ones. Each cell is kept as one JSON file and is not repeated, so the tool can be
+stopped, continued, and shared by processes with disjoint ``--methods`` or ``--bits``; ``--report``
+writes the table only.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_qat.allocation import allocate_bits
+from dit_qat.calibration import CallStore
+from dit_qat.dit.evaluation.images import image_grid, save_png
+from dit_qat.dit.experiment import score
+from dit_qat.dit.methods import (
+    CLQ,
+    GPTQ,
+    RTN,
+    AdaTSQ,
+    DuQuant,
+    PTQ4DiT,
+    QDiT,
+    QuaRot,
+    SmoothQuant,
+    SVDQuant,
+    ViDiTQ,
+)
+from dit_qat.dit.methods.adatsq import WeightSettings
+from dit_qat.dit.models import DiT, load_dit
+from dit_qat.dit.ptq import (
+    PTQMethod,
+    PTQResult,
+    Trajectory,
+    calibrate_dit,
+    float_trajectory,
+    quantize_post_training,
+    trajectory_error,
+)
+from dit_qat.dit.ptq.evaluation import output_errors
+from dit_qat.dit.ptq.table import average_bits, bits_table
+from dit_qat.dit.report.plots_ptq import bits_plot
+from dit_qat.dit.sampling import SamplerConfig
+from dit_qat.layers import IntLinear
+
+BITS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w3a3": (3, 3)}
+CHOICES = (3, 4, 8)
+MIXED = 3.1
+
+
+def _methods() -> dict[str, Callable[[int, int], PTQMethod]]:
+    def plain(kind: Callable[..., PTQMethod], **settings: Any) -> Callable[[int, int], PTQMethod]:
+        return lambda w, a: kind(weight_bits=w, activation_bits=a, **settings)
+
+    return {
+        "rtn": plain(RTN),
+        "smoothquant": plain(SmoothQuant),
+        "quarot": plain(QuaRot),
+        "gptq": plain(GPTQ),
+        "q_dit": plain(QDiT),
+        "ptq4dit": plain(PTQ4DiT),
+        "vidit_q": plain(ViDiTQ),
+        "duquant": plain(DuQuant),
+        "svdquant": plain(SVDQuant),
+        "svdquant-gptq": plain(SVDQuant, rounding="gptq"),
+        "clq": plain(CLQ),
+        "clq-exact": plain(CLQ, preset="exact"),
+        "adatsq": lambda w, a: adatsq(w, a),
+    }
+
+
+METHODS = _methods()
+
+
+def adatsq(weight_bits: int, average_bits: float) -> AdaTSQ:
+    return AdaTSQ(average_bits=average_bits, weights=WeightSettings(bits=weight_bits))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all methods share."""
+
+    model: DiT
+    sampler: SamplerConfig
+    store: CallStore
+    search: Trajectory
+    judged: Trajectory
+    path: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, model: DiT, sampler: SamplerConfig, images: int) -> "Bench":
+        store = calibrate_dit(model, sampler, images=images)
+        # The search looks at other images than those that a method is judged on.
+        seed = SamplerConfig(**{**vars(sampler), "seed": sampler.seed + 1})
+        judged = Trajectory(model, sampler, images=images)
+        search = Trajectory(model, seed, images=min(images, 32))
+        return cls(model, sampler, store, search, judged, float_trajectory(judged, model))
+
+    def quantized(self, method: PTQMethod) -> PTQResult:
+        model = copy.deepcopy(self.model)
+        return quantize_post_training(model, method, self.store, trajectory=self.search)
+
+    def error(self, model: DiT) -> float:
+        return trajectory_error(self.path, self.judged.run(model))
+
+
+def run_cell(bench: Bench, name: str, cell: str, samples: int, out: Path) -> dict[str, Any]:
+    weight_bits, activation_bits = BITS[cell]
+    started = time.perf_counter()
+    result = bench.quantized(METHODS[name](weight_bits, activation_bits))
+    seconds = time.perf_counter() - started
+    return measured(bench, result.model, result.averages, seconds, samples, out / f"{name}_{cell}")
+
+
+def run_mixed(bench: Bench, name: str, samples: int, out: Path) -> dict[str, Any]:
+    """Three-bit weights and 3.1 activation bits on average: by step and layer, or by layer only."""
+    started = time.perf_counter()
+    if name == "adatsq":
+        result = bench.quantized(adatsq(3, MIXED))
+        model, averages = result.model, result.averages
+        if "policy" in result.report:
+            png = bits_plot(result.report["policy"])
+            (out / "adatsq_w3a3.1_policy.png").write_bytes(png)
+    else:
+        result = bench.quantized(SVDQuant(weight_bits=3, activation_bits=3))
+        model = result.model
+        best_fixed_mix_(bench, model)
+        averages = average_bits(bits_table(model, [row.name for row in result.table], {}))
+    seconds = time.perf_counter() - started
+    return measured(bench, model, averages, seconds, samples, out / f"{name}_w3a3.1")
+
+
+def best_fixed_mix_(bench: Bench, model: DiT) -> None:
+    """Raise layers where that lowers the searched path's error most, exactly within the budget."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, IntLinear)}
+    reference = float_trajectory(bench.search, bench.model)
+    rows = []
+    for name, layer in layers.items():
+        row = []
+        for bits in CHOICES:
+            model.set_submodule(name, layer.with_activation(layer.config.activation.with_bits(bits)))
+            row.append(trajectory_error(reference, bench.search.run(model)))
+        model.set_submodule(name, layer)
+        rows.append(row)
+    found = allocate_bits(rows, [1] * len(rows), CHOICES, MIXED)
+    for (name, layer), bits in zip(layers.items(), found, strict=True):
+        quantizer = layer.config.activation.with_bits(int(bits))
+        model.set_submodule(name, layer.with_activation(quantizer))
+
+
+def measured(
+    bench: Bench,
+    model: DiT,
+    averages: dict[str, float],
+    seconds: float,
+    samples: int,
+    picture: Path,
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "trajectory_error": bench.error(model),
+        "output_error": output_errors(model, bench.model, bench.store).output,
+        "average_bits": averages["activation_bits"],
+        "average_bits_by_operations": averages["activation_bits_by_macs"],
+        "weight_bits": averages["weight_bits"],
+        "effective_weight_bits": averages["effective_weight_bits"],
+        "seconds": seconds,
+    }
+    if samples:
+        scored = score(model, bench.sampler, samples)
+        found |= scored.scores
+        save_png(picture.with_suffix(".png"), image_grid(scored.images[:100], columns=10, scale=4))
+    return found
+
+
+def run_float(bench: Bench, samples: int, out: Path) -> dict[str, Any]:
+    scored = score(bench.model, bench.sampler, samples)
+    save_png(out / "float.png", image_grid(scored.images[:100], columns=10, scale=4))
+    return scored.scores
+
+
+def keep(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def collect(out: Path) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted((out / "cells").glob("*.json")):
+        method, _, cell = path.stem.partition("@")
+        found.setdefault(method, {})[cell] = json.loads(path.read_text())
+    return found
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| method | bits | trajectory error | output error | FD-digits | activation bits: layers "
+        "(operations) | effective weight bits |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    reference = found.get("float", {}).get("float")
+    if reference is not None:
+        lines.append(f"| float | W32A32 | 0 | 0 | {reference['fd_digits']:.2f} | 32 | 32 |")
+    for cell in (*BITS, f"w3a{MIXED}"):
+        rows = [(name, cells[cell]) for name, cells in found.items() if cell in cells]
+        for name, run in sorted(rows, key=lambda row: row[1]["trajectory_error"]):
+            fd = f"{run['fd_digits']:.2f}" if "fd_digits" in run else "-"
+            lines.append(
+                f"| {name} | {cell.upper()} | {run['trajectory_error']:.5f} | "
+                f"{run['output_error']:.5f} | {fd} | {run['average_bits']:.2f} "
+                f"({run['average_bits_by_operations']:.2f}) | {run['effective_weight_bits']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def write_report(out: Path) -> None:
+    found = collect(out)
+    (out / "table.md").write_text(table(found))
+    (out / "metrics.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(table(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/compare_ptq"))
+    parser.add_argument("--model", default="digits", help="a float DiT, as load_dit takes it")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=[*METHODS])
+    cells = [*BITS, f"w3a{MIXED}"]
+    parser.add_argument("--bits", nargs="+", default=cells, choices=cells)
+    parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
+    parser.add_argument("--images", type=int, default=64, help="to calibrate and to judge on")
+    parser.add_argument("--samples", type=int, default=1797, help="for FD-digits; 0: none")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--report", action="store_true", help="only write the table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    (arguments.out / "cells").mkdir(parents=True, exist_ok=True)
+    if not arguments.report:
+        run_all(arguments)
+    write_report(arguments.out)
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    model = load_dit(arguments.model).eval().requires_grad_(False)
+    sampler = SamplerConfig(kind="ddim", steps=arguments.steps, batch_size=300)
+    bench = Bench.of(model, sampler, arguments.images)
+    out, samples = arguments.out, arguments.samples
+    wanted: dict[str, Callable[[], dict[str, Any]]] = {}
+    if samples:
+        wanted["float@float"] = lambda: run_float(bench, samples, out)
+    for cell in arguments.bits:
+        for name in arguments.methods:
+            if cell in BITS:
+                wanted[f"{name}@{cell}"] = lambda n=name, c=cell: run_cell(bench, n, c, samples, out)
+            elif name in ("adatsq", "svdquant"):
+                wanted[f"{name}@{cell}"] = lambda n=name: run_mixed(bench, n, samples, out)
+    for stem, act in wanted.items():
+        path = out / "cells" / f"{stem}.json"
+        if not path.exists():
+            found = act()
+            keep(path, found)
+            print(stem, {k: round(v, 5) for k, v in found.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
