@@ -9,7 +9,7 @@ up, the problem is a knapsack with an exact answer.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,18 @@ from dit_qat.allocation.knapsack import solve_by_milp, solve_by_table
 
 __all__ = [
     "BeamPath",
+    "Keep",
     "beam_search",
     "check_capacity",
     "nearest_to_origin",
     "nondominated",
     "solve_additive",
+    "spread",
 ]
 
 S = TypeVar("S")
+
+Keep = Literal["origin", "spread"]
 
 Sizes = Sequence[Sequence[int]]
 """Of each choice (C_t) of each step (T)."""
@@ -59,6 +63,7 @@ def beam_search(
     *,
     width: int | None = 4,
     prune: bool = True,
+    keep: Keep = "origin",
 ) -> list[BeamPath[S]]:
     """Extend paths step by step, and keep the best trade-offs between size and error.
 
@@ -73,13 +78,18 @@ def beam_search(
         capacity: Largest size of a whole path.
         width: Paths kept after a step; None: all.
         prune: Whether paths that others dominate are dropped.
+        keep: Which paths, where there are more than ``width``: those nearest to the ``origin`` of
+            size and error, as in AdaTSQ, or a ``spread`` of them from the smallest to the largest.
 
     Returns:
         The paths that are left, by size.
 
     Raises:
-        ValueError: as :func:`check_capacity`, a width below 1, or an error that is not finite.
+        ValueError: as :func:`check_capacity`, a width below 1, another ``keep``, or an error that
+            is not finite.
     """
+    if keep not in get_args(Keep):
+        raise ValueError(f"keep={keep!r} is unknown; use one of {get_args(Keep)}")
     if width is not None and width < 1:
         raise ValueError(f"width={width} keeps no path; use at least 1")
     check_capacity(sizes, capacity)
@@ -95,7 +105,7 @@ def beam_search(
         ]
         beam = nondominated(children) if prune else children
         if width is not None:
-            beam = nearest_to_origin(beam, width)
+            beam = (nearest_to_origin if keep == "origin" else spread)(beam, width)
     return sorted(beam, key=lambda path: (path.size, path.error))
 
 
@@ -121,6 +131,15 @@ def nearest_to_origin(paths: list[BeamPath[S]], count: int) -> list[BeamPath[S]]
     axes = [_stretched([path.size for path in paths]), _stretched([path.error for path in paths])]
     distance = [math.hypot(*point) for point in zip(*axes, strict=True)]
     return [paths[i] for i in sorted(range(len(paths)), key=lambda i: distance[i])[:count]]
+
+
+def spread(paths: list[BeamPath[S]], count: int) -> list[BeamPath[S]]:
+    """``count`` paths evenly over the order of their sizes, the last one first of all."""
+    if len(paths) <= count:
+        return paths
+    ordered = sorted(paths, key=lambda path: (path.size, -path.error))
+    last = len(ordered) - 1
+    return [ordered[last - i * last // max(count - 1, 1)] for i in range(count)]
 
 
 def solve_additive(errors: Sequence[Sequence[float]], sizes: Sizes, capacity: int) -> list[int]:

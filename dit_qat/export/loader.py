@@ -46,6 +46,7 @@ def load_quantized(folder: Path | str, device: torch.device | str = "cpu") -> nn
     with open_tensors(folder / TENSOR_FILE) as file:
         _check_digest(folder, file.metadata, digest)
         try:
+            _check_version(file.metadata, manifest)
             check_names("the file", file.places, manifest.tensors, "config.json lists")
             file.fetch()  # the disk works while the model is built
             model = build_skeleton(
@@ -89,6 +90,14 @@ def _check_digest(folder: Path, metadata: Mapping[str, str], digest: str) -> Non
             f"{folder}: config.json is not the one that was written with {TENSOR_FILE} (its sha256 "
             "differs), so it was damaged, changed or mixed with another export; copy the whole "
             "folder again, or export it again"
+        )
+
+
+def _check_version(metadata: Mapping[str, str], manifest: Manifest) -> None:
+    if metadata.get("version") != str(manifest.version):
+        raise ValueError(
+            f"the header of {TENSOR_FILE} has version {metadata.get('version')!r}, and config.json "
+            f"{manifest.version}; export it again"
         )
 
 

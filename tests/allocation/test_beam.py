@@ -11,6 +11,7 @@ from dit_qat.allocation.beam import (
     nearest_to_origin,
     nondominated,
     solve_additive,
+    spread,
 )
 
 
@@ -118,6 +119,22 @@ def test_distance_to_the_origin_ignores_units():
     for scale in (1e-6, 1.0, 1e6):
         kept = nearest_to_origin(_paths(*((s, e * scale) for s, e in points)), 1)
         assert kept[0].size == 40
+
+
+def test_a_spread_has_both_ends_and_single_widths_keep_the_most_accurate():
+    paths = _paths(*((30 + i, 9.0 - i) for i in range(9)))
+    assert [path.size for path in spread(paths, 4)] == [38, 36, 33, 30]
+    assert [path.size for path in spread(paths, 1)] == [38]
+    assert spread(paths, 9) == paths
+    errors, sizes = _table(5, 6, 4)
+    room = sum(map(min, sizes)) + 5
+    best = min(path.error for path in beam_search(None, sizes, _additive(errors), room, width=None))
+    for keep in ("origin", "spread"):
+        found = beam_search(None, sizes, _additive(errors), room, width=3, keep=keep)
+        assert min(path.error for path in found) >= best - 1e-12
+        assert len(found) <= 3
+    with pytest.raises(ValueError, match="keep='all'"):
+        beam_search(None, sizes, _additive(errors), room, keep="all")
 
 
 def test_many_sizes_and_equal_sizes():

@@ -2,11 +2,16 @@ import json
 from math import log2
 
 import pytest
+from diffusers import DiTTransformer2DModel
 
 from dit_qat import load_quantized
 from dit_qat.cli.main import main
+from dit_qat.dit.models import DiT
 from dit_qat.dit.training.loading import load_checkpoint
-from dit_qat.export import describe
+from dit_qat.export import describe, write_packed
+from dit_qat.layers import InputTransform, IntLinear, Rotate, StepBits, TokenQuantizer
+from dit_qat.primitives.hadamard import Rotation
+from dit_qat.primitives.integer import IntegerGrid, round_to_nearest
 
 
 def test_quantized_checkpoint(quantized_run, tmp_path, capsys):
@@ -86,3 +91,42 @@ def test_the_file_of_a_checkpoint_is_measured(quantized_run, tmp_path):
     stored = sum(p.nbytes for p in network.parameters())
     assert measured["resident_bytes"] == stored
     assert sum(part["disk"] for part in measured["parts"].values()) == stored
+
+
+def _rounded(linear, bits, **settings):
+    codes, scales = round_to_nearest(linear.weight.detach(), IntegerGrid(bits))
+    made = {"grid": IntegerGrid(bits), "codes": codes, "scales": scales, **settings}
+    return IntLinear.build(linear, activation=TokenQuantizer(4), **made)
+
+
+def test_integer_weights_with_bits_by_timestep(network, tmp_path, capsys):
+    model, out = DiT(**network), tmp_path / "inspect.json"
+    policy = StepBits((999.0, 500.0, 0.0), (8, 4, 3))
+    model.blocks[0].mlp.fc1 = _rounded(model.blocks[0].mlp.fc1, 3, step_bits=policy)
+    rotate = InputTransform(32, [Rotate(Rotation(32, 1))])
+    model.blocks[0].attn.qkv = _rounded(model.blocks[0].attn.qkv, 4, transform=rotate)
+    write_packed(model, tmp_path / "m")
+    assert main(["inspect", "--weights", str(tmp_path / "m"), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for part in ("5.00 by step", "32 signs", "3-bit codes", "4-bit codes", "in 1 of them"):
+        assert part in printed
+    content = json.loads(out.read_text())
+    assert content["mean_activation_bits"] == 4.5
+    # 32 x 128 multiply-adds by the policy, 32 x 96 at 4 bits.
+    assert content["average_activation_bits"] == pytest.approx((5 * 128 + 4 * 96) / 224)
+    assert content["weight_bits"] == pytest.approx((3 * 128 + 4 * 96) / 224)
+    scales = 16 * (128 + 96) / (32 * 224)
+    measured = content["measured"]["effective_weight_bits_disk"]
+    assert measured == pytest.approx(content["weight_bits"] + scales)
+
+
+def test_a_transformer_of_diffusers(tmp_path, capsys):
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 1}
+    model = DiTTransformer2DModel(**sizes, sample_size=8, num_embeds_ada_norm=10)
+    feed = model.transformer_blocks[0].ff.net
+    feed[2] = _rounded(feed[2], 4)
+    write_packed(model, tmp_path / "m")
+    assert main(["inspect", "--weights", str(tmp_path / "m")]) == 0
+    printed = capsys.readouterr().out
+    assert "transformer_blocks.0.ff.net.2" in printed
+    assert "packed weights" in printed

@@ -1,5 +1,7 @@
+import io
 import json
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,11 +46,24 @@ def command(weights: Path, out: Path, *more: str, method: str = "rtn") -> list[s
 
 
 @pytest.fixture(scope="session")
-def finished(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run; tests must not write into it."""
-    out = tmp_path_factory.mktemp("runs") / "rtn"
-    assert main(command(weights, out)) == 0
-    return out
+def run(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run: its folder, and what it printed."""
+    out, printed = tmp_path_factory.mktemp("runs") / "rtn", io.StringIO()
+    with redirect_stdout(printed):
+        assert main(command(weights, out)) == 0
+    return out, printed.getvalue()
+
+
+@pytest.fixture
+def finished(run: tuple[Path, str]) -> Path:
+    """The folder; tests must not write into it."""
+    return run[0]
+
+
+@pytest.fixture
+def said(run: tuple[Path, str]) -> str:
+    """What was printed."""
+    return run[1]
 
 
 def test_the_folder_holds_model_metrics_report_and_pictures(finished: Path) -> None:
@@ -87,41 +102,32 @@ def test_what_is_written_draws(finished: Path, tmp_path: Path) -> None:
     assert load_images(out / "images").shape == (4, 1, 8, 8)
 
 
-def test_it_says_beforehand_what_it_will_do(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(command(weights, tmp_path / "out")) == 0
-    text = capsys.readouterr().out
-    assert "calibrating on 4 images at 4 of 4 steps" in text
-    assert "8 linears" in text
-    assert "4 calls of 16 rows in all, 256 tokens per layer" in text
-    assert "at most (calls" in text  # peak memory
-    order = [text.index(part) for part in ("8 linears", "at most", "packing", "trajectory error")]
+def test_it_says_beforehand_what_it_will_do(said: str) -> None:
+    assert "calibrating on 4 images at 4 of 4 steps" in said
+    assert "8 linears" in said
+    assert "4 calls of 16 rows in all, 256 tokens per layer" in said
+    assert "at most (calls" in said  # peak memory
+    order = [said.index(part) for part in ("8 linears", "at most", "packing", "trajectory error")]
     assert order == sorted(order)
 
 
-def test_a_method_takes_its_options_by_class_or_from_a_file(weights: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    bits = ["--method.weight_bits", "8", "--method.activation_bits", "8"]
-    assert main(command(weights, one, *bits, method="RTN")) == 0
+def test_a_file_says_the_same_as_the_command_line(
+    weights: Path, finished: Path, tmp_path: Path
+) -> None:
+    method = {"class_path": "dit_qat.dit.methods.RTN", "init_args": {"weight_bits": 4}}
+    content = {
+        "model": str(weights),
+        "method": method,
+        "calibration": {"images": 4},
+        "sampler": {"steps": 4, "batch_size": 4},
+        "evaluation": {"images": 2},
+        "out": str(tmp_path / "out"),
+    }
     config = tmp_path / "config.yaml"
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "model": str(weights),
-                "method": {
-                    "class_path": "dit_qat.dit.methods.RTN",
-                    "init_args": {"weight_bits": 8, "activation_bits": 8},
-                },
-                "calibration": {"images": 4},
-                "sampler": {"steps": 4, "batch_size": 4},
-                "evaluation": {"images": 2},
-                "out": str(two),
-            }
-        )
-    )
+    config.write_text(yaml.safe_dump(content))
     assert main(["ptq", "--config", str(config), "--device", "cpu"]) == 0
-    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    found = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert found == (finished / "model.safetensors").read_bytes()
 
 
 def test_a_killed_run_goes_on_with_the_blocks_that_are_left(
@@ -148,16 +154,20 @@ def test_a_killed_run_goes_on_with_the_blocks_that_are_left(
     assert blocks == ["blocks.0", "blocks.1", "blocks.1"]
     assert "going on with 4 calls recorded before" in capsys.readouterr().out
     assert json.loads((out / "metrics.json").read_text())["resumed"]
-    tensors = [torch.load, load_quantized(out).state_dict(), load_quantized(finished).state_dict()]
-    assert all(torch.equal(v, tensors[2][k]) for k, v in tensors[1].items() if torch.is_tensor(v))
+    found, wanted = (load_quantized(folder).state_dict() for folder in (out, finished))
+    assert all(torch.equal(v, wanted[k]) for k, v in found.items() if torch.is_tensor(v))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_another_run_left_half_done_is_not_gone_on_with(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
+    inner = RTN.quantize_block
+
     def killed(self: RTN, view: Any) -> Any:
-        raise KeyboardInterrupt
+        if view.index == 1:
+            raise KeyboardInterrupt
+        return inner(self, view)
 
     with monkeypatch.context() as patched:
         patched.setattr(RTN, "quantize_block", killed)
@@ -165,6 +175,14 @@ def test_what_another_run_left_half_done_is_not_gone_on_with(
     other = command(weights, tmp_path / "out", "--seed", "1")
     assert "a run of other settings" in refused(*other)
     assert main([*other, "--overwrite", "true"]) == 0
+
+
+def test_settings_may_change_while_nothing_is_finished(
+    weights: Path, tmp_path: Path, refused: Refused
+) -> None:
+    arguments = command(weights, tmp_path / "out")
+    assert "above the limit" in refused(*arguments, "--memory_gb", "1e-6")
+    assert main([*arguments, "--evaluation.images", "1"]) == 0
 
 
 def test_results_are_replaced_only_if_asked(
@@ -189,7 +207,7 @@ def test_every_method_has_a_name() -> None:
         (("--method", "rnt"), "rtn"),
         (("--model", "nowhere.safetensors"), "no such file"),
         (("--calibration.images", "0"), "at least 1"),
-        (("--calibration.classes", "3", "12"), "class 12 for calibration: this DiT has classes 0"),
+        (("--calibration.classes", "[3,12]"), "class 12 for calibration: this DiT has classes 0"),
         (("--calibration.classes", "[]"), "empty list"),
         (("--calibration.prompts", "prompts.txt"), "draws classes, not prompts"),
         (("--calibration.steps", "9"), "the sampler makes 4"),
@@ -197,7 +215,7 @@ def test_every_method_has_a_name() -> None:
         (("--pipeline.steps", "3"), "not a pipeline"),
         (("--sampler.kind", "dpm_solver++"), "remembers earlier steps"),
         (("--sampler.seed", "3"), "give --seed"),
-        (("--patterns.quantize", '["blocks.*.attn.qvk"]'), "near names: blocks.0.attn.qkv"),
+        (("--patterns.quantize", '["blocks.*.attn.qvk"]'), "near names: blocks.1.attn.qkv"),
         (("--patterns.skip", '["*"]'), "skip every linear layer"),
         (("--patterns.blocks", '["block.*"]'), "near names: blocks"),
         (("--memory_gb", "1e-6"), "above the limit"),
@@ -222,11 +240,12 @@ def test_what_cannot_be_done_is_refused_and_leaves_nothing(
 def test_a_width_without_a_rotation_is_refused_before_the_run(
     tmp_path: Path, refused: Refused
 ) -> None:
-    model = DiT(input_size=8, in_channels=1, hidden_size=34, depth=1, num_heads=1, num_classes=10)
+    sizes = {"hidden_size": 44, "depth": 1, "num_heads": 1, "mlp_ratio": 2.25}
+    model = DiT(8, in_channels=1, num_classes=10, **sizes)
     save_dit(model, tmp_path / "odd.safetensors")
     for method in ("quarot", "clq", "vidit_q"):
         said = refused(*command(tmp_path / "odd.safetensors", tmp_path / "out", method=method))
-        assert "34 inputs" in said
+        assert "99 inputs" in said
         assert not list(tmp_path.glob(".out*"))
 
 

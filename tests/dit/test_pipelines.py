@@ -10,11 +10,19 @@ from dit_qat.dit.exporting import export_network
 from dit_qat.dit.methods import RobuQ
 from dit_qat.dit.models import load_dit, save_dit
 from dit_qat.dit.models.autoencoder import load_autoencoder
-from dit_qat.dit.pipelines import packed_pipeline, pipeline_scheduler
+from dit_qat.dit.pipelines import packed_pipeline, packed_transformer, pipeline_scheduler
 from dit_qat.dit.randomness import generator_for
 from dit_qat.dit.sampling import SamplerConfig, sample_images
 from dit_qat.dit.training import DiTTraining
-from dit_qat.layers import PackedLinear
+from dit_qat.export import write_packed
+from dit_qat.layers import (
+    IntLinear,
+    PackedLinear,
+    StepBits,
+    TokenQuantizer,
+    follow_timesteps_,
+)
+from dit_qat.primitives.integer import IntegerGrid, round_to_nearest
 
 
 @pytest.fixture
@@ -223,3 +231,40 @@ def test_a_packed_pipeline_needs_a_thousand_classes(tmp_path, make_dit, save_vae
     export_network(network, tmp_path / "packed")
     with pytest.raises(ValueError, match=r"num_classes=10: .*hard-codes 1000"):
         packed_pipeline(tmp_path / "packed", save_vae())
+
+
+def test_a_packed_transformer_stands_in_any_pipeline_of_its_kind(packed, save_vae):
+    parts = {"vae": load_autoencoder(save_vae()).network, "scheduler": pipeline_scheduler()}
+    pipeline = DiTPipeline(transformer=packed_transformer(packed), **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "output_type": "np", "guidance_scale": 2.0}
+    drawn = pipeline([3, 207], generator=torch.manual_seed(0), **options).images
+    other = packed_pipeline(packed, save_vae())
+    other.set_progress_bar_config(disable=True)
+    expected = other([3, 207], generator=torch.manual_seed(0), **options).images
+    assert (drawn == expected).all()
+
+
+def test_a_transformer_of_diffusers_comes_back_as_its_own_class(tmp_path, save_vae):
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 1}
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(**sizes, out_channels=8, sample_size=8).eval()
+    parts = {"vae": load_autoencoder(save_vae()).network, "scheduler": pipeline_scheduler()}
+    drawn = []
+    feed = model.transformer_blocks[0].ff.net
+    codes, scales = round_to_nearest(feed[2].weight.detach(), IntegerGrid(3))
+    made = {"grid": IntegerGrid(3), "codes": codes, "scales": scales}
+    policy = StepBits((0.0, 500.0, 999.0), (2, 4, 8))
+    feed[2] = IntLinear.build(feed[2], activation=TokenQuantizer(4), step_bits=policy, **made)
+    follow_timesteps_(model, "timestep")
+    write_packed(model, tmp_path / "m")
+    for transformer in (model, packed_transformer(tmp_path / "m")):
+        assert type(transformer) is DiTTransformer2DModel
+        pipeline = DiTPipeline(transformer=transformer, **parts)
+        pipeline.set_progress_bar_config(disable=True)
+        options = {"num_inference_steps": 3, "output_type": "np", "guidance_scale": 1.0}
+        drawn.append(pipeline([3, 207], generator=torch.manual_seed(0), **options).images)
+    assert (drawn[0] == drawn[1]).all()
+    assert drawn[0].std() > 0
+    with pytest.raises(ValueError, match=r"holds a 'diffusers', not a DiT; .*packed_transformer"):
+        packed_pipeline(tmp_path / "m", save_vae())

@@ -12,7 +12,19 @@ import torch
 from dit_qat.dit.methods import RobuQ
 from dit_qat.dit.models import DiT
 from dit_qat.export import write_packed
-from dit_qat.layers import quantize_
+from dit_qat.layers import (
+    InputTransform,
+    IntLinear,
+    Permute,
+    Rotate,
+    Scale,
+    StepBits,
+    TokenQuantizer,
+    follow_timesteps_,
+    quantize_,
+)
+from dit_qat.primitives.hadamard import Rotation
+from dit_qat.primitives.integer import IntegerGrid, round_to_nearest
 
 SIZES: dict[str, Any] = {
     "input_size": 4,
@@ -57,6 +69,88 @@ def packed_folder(quantized: DiT, tmp_path_factory: pytest.TempPathFactory) -> P
     """Its packed folder; not to be changed."""
     folder = tmp_path_factory.mktemp("packed") / "model"
     write_packed(quantized, folder, provenance={"data": "none", "steps": 0})
+    return folder
+
+
+POLICY = StepBits((0.0, 250.0, 500.0, 750.0, 999.0), (3, 4, 8, 4, 2))
+MADE: dict[str, dict[str, Any]] = {
+    "attn.qkv": {"grid": IntegerGrid(2, group_size=8), "steps": "spr", "policy": POLICY},
+    "attn.proj": {"grid": IntegerGrid(3, False), "activation": TokenQuantizer(4, False, 8)},
+    "mlp.fc1": {"grid": IntegerGrid(4), "rank": 3, "steps": "rpR", "policy": POLICY},
+    "mlp.fc2": {
+        "grid": IntegerGrid(8, False, 24),
+        "activation": TokenQuantizer(8, False, fixed_range=(-3.0, 2.5)),
+        "steps": "s",
+        "rank": 2,
+        "branch_dtype": "float32",
+    },
+}
+"""Settings of integer layers that between them use all of the format."""
+
+
+def int_linear(
+    linear: torch.nn.Linear,
+    grid: IntegerGrid,
+    activation: TokenQuantizer | None = None,
+    steps: str = "",
+    rank: int = 0,
+    policy: StepBits | None = None,
+    branch_dtype: Any = "float16",
+) -> IntLinear:
+    """A float layer rounded; ``steps`` name scale, permutation, rotation and rotation in blocks."""
+    width, generator = linear.in_features, torch.Generator().manual_seed(linear.out_features)
+    make: dict[str, Callable[[], Any]] = {
+        "s": lambda: Scale(torch.rand(width, generator=generator) + 0.5),
+        "p": lambda: Permute(torch.randperm(width, generator=generator)),
+        "r": lambda: Rotate(Rotation(width, 5)),
+        "R": lambda: Rotate(Rotation(width, None, 8)),
+    }
+    transform = InputTransform(width, [make[step]() for step in steps])
+    up = torch.randn(linear.out_features, rank, generator=generator) / 8
+    down = torch.randn(rank, width, generator=generator) / 8
+    codes, scales = round_to_nearest(transform.weight(linear.weight.detach()) - up @ down, grid)
+    return IntLinear.build(
+        linear,
+        grid=grid,
+        scales=scales,
+        codes=codes,
+        activation=activation or TokenQuantizer(4),
+        transform=transform,
+        branch=(up, down) if rank else None,
+        step_bits=policy,
+        branch_dtype=branch_dtype,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_int() -> Callable[..., DiT]:
+    """A DiT whose block linears hold integers, of all the kinds that there are."""
+
+    def make(seed: int = 0) -> DiT:
+        model = random_dit(seed)
+        for block in range(2):
+            for name, settings in MADE.items():
+                full = f"blocks.{block}.{name}"
+                linear = model.get_submodule(full)
+                assert isinstance(linear, torch.nn.Linear)
+                model.set_submodule(full, int_linear(linear, **settings))
+        follow_timesteps_(model, "t")
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def int_model(make_int: Callable[..., DiT]) -> DiT:
+    """One of them; not to be changed."""
+    return make_int()
+
+
+@pytest.fixture(scope="session")
+def int_folder(int_model: DiT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its packed folder; not to be changed."""
+    folder = tmp_path_factory.mktemp("int") / "model"
+    write_packed(int_model, folder, provenance={"data": "none", "steps": 0})
     return folder
 
 

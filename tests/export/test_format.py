@@ -15,11 +15,17 @@ from numpy.typing import NDArray
 
 from dit_qat.dit.models import DiT
 from dit_qat.export import write_packed
-from dit_qat.layers import QuantLinear
+from dit_qat.layers import IntLinear, QuantLinear, timestep_scope
 from dit_qat.primitives.packing import pack_base3, pack_ternary
 
 Array = NDArray[Any]
-DTYPES = {"U8": np.uint8, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+DTYPES = {
+    "U8": np.uint8,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I32": np.int32,
+}
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -30,10 +36,11 @@ def read_tensors(folder: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     header = json.loads(data[8 : 8 + length])
     assert header.pop("__metadata__") == {
         "format": "dit_qat.packed",
-        "version": "1",
+        "version": str(config["version"]),
         "config_sha256": hashlib.sha256(config_bytes).hexdigest(),
     }
-    assert (config["format"], config["version"]) == ("dit_qat.packed", 1)
+    assert config["format"] == "dit_qat.packed"
+    assert config["version"] in (1, 2)
     assert header.keys() == config["tensors"].keys()
     tensors = {}
     for name, entry in header.items():
@@ -107,11 +114,10 @@ def hadamard(m: int) -> Array | None:
     return None
 
 
-def rotate(x: Array, module: dict[str, Any]) -> Array:
-    rotation = module["rotation"]
+def rotate(x: Array, rotation: dict[str, Any], seed: int | None) -> Array:
     signs = np.ones(x.shape[-1])
-    if rotation["signs"]:
-        bits = twister(module["seed"], x.shape[-1]) & 1
+    if seed is not None:
+        bits = twister(seed, x.shape[-1]) & 1
         plane = np.packbits(bits.astype(np.uint8), bitorder="little")
         assert rotation["signs_sha256"] == hashlib.sha256(plane.tobytes()).hexdigest()
         signs = 2.0 * bits - 1
@@ -148,13 +154,94 @@ def linear(x: Array, name: str, config: dict[str, Any], tensors: dict[str, Array
     assert module["kind"] == "ternary_linear"
     codes = ternary(module["codes"], tensors[f"{name}.codes"], module["in_features"])
     scale = tensors[f"{name}.scale"].astype(np.float64)[:, 0]
-    z = x if module["rotation"] is None else rotate(x, module)
+    z, rotation = x, module["rotation"]
+    if rotation is not None:
+        z = rotate(x, rotation, module["seed"] if rotation["signs"] else None)
     levels, step, low = quantize(z, module["activation"])
     y = scale * step * (levels @ codes.T) + scale * low * codes.sum(-1)
     if module["low_rank"] is not None:
         up, down = (tensors[f"{name}.low_rank_{side}"] for side in ("up", "down"))
         y = y + z @ down.T.astype(np.float64) @ up.T.astype(np.float64)
     return y + tensors[f"{name}.bias"] if module["bias"] else y
+
+
+def integers(packed: Array, bits: int, count: int, signed: bool) -> Array:
+    places = np.unpackbits(packed, axis=-1, bitorder="little")
+    assert not places[:, count * bits :].any()
+    fields = places[:, : count * bits].reshape(len(packed), count, bits).astype(np.int64)
+    weights = 2 ** np.arange(bits)
+    if signed:
+        weights[-1] *= -1
+    return fields @ weights
+
+
+def transform(x: Array, name: str, config: dict[str, Any], tensors: dict[str, Array]) -> Array:
+    for i, step in enumerate(config["modules"][name]["transform"]):
+        if step["kind"] == "rotate":
+            x = rotate(x, step, step["seed"])
+        elif step["kind"] == "scale":
+            x = x / tensors[f"{name}.transform.vector{i}"]
+        else:
+            assert step["kind"] == "permute"
+            x = x[..., tensors[f"{name}.transform.vector{i}"]]
+    return x
+
+
+def round_tokens(z: Array, activation: dict[str, Any], bits: int) -> Array:
+    groups = z.reshape(*z.shape[:-1], -1, activation["group_size"] or z.shape[-1])
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    if activation["fixed_range"] is not None:
+        low, high = (np.full_like(low, edge) for edge in activation["fixed_range"])
+    if activation["symmetric"]:
+        most = 2 ** (bits - 1) - 1
+        step = np.maximum(-low, high) * activation["clip"][1] / most
+        return (np.rint(groups / step).clip(-most, most) * step).reshape(z.shape)
+    low = np.minimum(low, 0) * activation["clip"][0]
+    high = np.maximum(high, 0) * activation["clip"][1]
+    step = (high - low) / (2**bits - 1)
+    zero = np.rint(-low / step)
+    codes = (np.rint(groups / step) + zero).clip(0, 2**bits - 1)
+    return ((codes - zero) * step).reshape(z.shape)
+
+
+def int_linear(
+    x: Array, timestep: float, name: str, config: dict[str, Any], tensors: dict[str, Array]
+) -> Array:
+    module = config["modules"][name]
+    assert module["kind"] == "int_linear"
+    grid, count = module["grid"], module["in_features"]
+    codes = integers(tensors[f"{name}.codes"], grid["bits"], count, grid["symmetric"])
+    groups = codes.reshape(len(codes), -1, grid["group_size"] or count)
+    if not grid["symmetric"]:
+        groups = groups - tensors[f"{name}.zero"][..., None].astype(np.int64)
+    scale = tensors[f"{name}.scale"].astype(np.float64)
+    weight = (groups * scale[..., None]).reshape(codes.shape)
+    z, policy = transform(x, name, config, tensors), module["step_bits"]
+    bits = module["activation"]["bits"]
+    if policy is not None:
+        bits = policy["bits"][np.abs(np.array(policy["timesteps"]) - timestep).argmin()]
+    y = round_tokens(z, module["activation"], bits) @ weight.T
+    if module["low_rank"] is not None:
+        up, down = (tensors[f"{name}.low_rank_{side}"] for side in ("up", "down"))
+        y = y + z @ down.T.astype(np.float64) @ up.T.astype(np.float64)
+    return y + tensors[f"{name}.bias"] if module["bias"] else y
+
+
+@pytest.mark.parametrize("timestep", [0.0, 300.0, 999.0])
+def test_a_reader_in_numpy_computes_the_same_with_integers(
+    int_model: DiT, int_folder: Path, timestep: float
+) -> None:
+    config, tensors = read_tensors(int_folder)
+    assert config["version"] == 2
+    x = torch.randn(6, 96, generator=torch.Generator().manual_seed(1))
+    for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        layer = int_model.get_submodule(f"blocks.1.{name}")
+        assert isinstance(layer, IntLinear)
+        own = x[:, : layer.in_features]
+        with timestep_scope(timestep):
+            expected = layer(own).numpy()
+        found = int_linear(own.double().numpy(), timestep, f"blocks.1.{name}", config, tensors)
+        assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(
@@ -198,11 +285,23 @@ def test_the_examples_of_the_page() -> None:
     assert ternary("ternary_1.6", np.array([[140]], np.uint8), 5)[0].tolist() == codes
     assert pack_ternary(torch.tensor([codes])).tolist() == two.tolist()
     assert pack_base3(torch.tensor([codes])).tolist() == [[140]]
+    three = np.array([[0b11100011, 0b00000000]], np.uint8)
+    assert integers(three, 3, 3, signed=True).tolist() == [[3, -4, 3]]
+    assert integers(three, 3, 3, signed=False).tolist() == [[3, 4, 3]]
 
 
-def test_the_page_names_what_is_written(packed_folder: Path) -> None:
+def names_in(content: Any) -> list[str]:
+    """All keys, however deep."""
+    if isinstance(content, list):
+        return [name for part in content for name in names_in(part)]
+    if not isinstance(content, dict):
+        return []
+    return [*content, *(name for part in content.values() for name in names_in(part))]
+
+
+def test_the_page_names_what_is_written(packed_folder: Path, int_folder: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
-    config = json.loads((packed_folder / "config.json").read_text())
-    module = config["modules"]["blocks.0.mlp.fc1"]
-    names = [*config, *module, *(k for v in module.values() if isinstance(v, dict) for k in v)]
-    assert [name for name in names if name not in page] == []
+    for folder in (packed_folder, int_folder):
+        config = json.loads((folder / "config.json").read_text())
+        written = [*config, *names_in(config["modules"]["blocks.0.mlp.fc1"])]
+        assert [name for name in written if name not in page] == []

@@ -12,10 +12,19 @@ from dit_qat.export import describe
 from dit_qat.layers import (
     AttentionConfig,
     HadamardRotation,
+    InputTransform,
+    IntLinear,
     LowRank,
+    Permute,
     RobustQuantizer,
+    Rotate,
+    Scale,
+    StepBits,
     TernaryWeight,
+    TokenQuantizer,
 )
+from dit_qat.primitives.hadamard import Rotation
+from dit_qat.primitives.integer import IntegerGrid, round_to_nearest
 
 
 def two_layers() -> nn.Module:
@@ -107,6 +116,64 @@ def test_layers_that_see_one_token_per_image_count_apart():
 def test_unquantized_activations_count_as_floats():
     model = quantize_(two_layers(), [Rule("fc1", LayerConfig(activation=None))])
     assert describe(model).average_activation_bits == 32.0
+
+
+def integers(policy=None) -> nn.Module:
+    """Linear 64 -> 32 of 4 bits, and 32 -> 128 of 2 bits with all side information."""
+    model, vector = two_layers(), torch.rand(32) + 0.5
+    steps = [Scale(vector), Permute(torch.randperm(32)), Rotate(Rotation(32, 3, 8))]
+    codes, scales = round_to_nearest(model.fc1.weight.detach(), IntegerGrid(4))
+    first = IntLinear.build(
+        model.fc1,
+        grid=IntegerGrid(4),
+        scales=scales,
+        codes=codes,
+        activation=TokenQuantizer(8),
+        step_bits=policy,
+    )
+    grid = IntegerGrid(2, symmetric=False, group_size=8)
+    codes, scales = round_to_nearest(model.fc2.weight.detach(), grid)
+    second = IntLinear.build(
+        model.fc2,
+        grid=grid,
+        scales=scales,
+        codes=codes,
+        activation=TokenQuantizer(4),
+        transform=InputTransform(32, steps),
+        branch=(torch.randn(128, 3), torch.randn(3, 32)),
+    )
+    model.fc1, model.fc2 = first, second
+    return model
+
+
+def test_integer_layers_by_hand():
+    model = integers()
+    first, second = describe(model).layers
+    assert (first.kind, first.weight_bits, first.activation_bits) == ("int", 4, 8)
+    assert (first.weights, first.parameters, first.float_parameters) == (2048, 2080, 32)
+    assert first.effective_weight_bits == pytest.approx(4 + 16 * 32 / 2048)
+    # 128 x 4 scales of 16 bits and zero points of 8, two vectors of 32 and a branch of rank 3.
+    side = 24 * 128 * 4 + 2 * 32 * 32 + 16 * 3 * (128 + 32)
+    assert second.effective_weight_bits == pytest.approx(2 + side / 4096)
+    assert second.effective_weight_bits == pytest.approx(model.fc2.effective_weight_bits)
+    assert second.transform == ("scale", "permute", "rotate")
+    assert second.rotation is not None
+    assert (second.rotation.orders, second.rotation.block_size) == ((8,), 8)
+    described = describe(model)
+    assert described.weight_bits == pytest.approx((4 * 2048 + 2 * 4096) / 6144)
+    assert described.average_activation_bits == pytest.approx((8 * 2048 + 4 * 4096) / 6144)
+    assert described.mean_activation_bits == 6
+    assert described.zero_fraction is None
+    assert described.packed_bytes == model.fc1.bytes_stored + model.fc2.bytes_stored
+
+
+def test_bits_by_timestep_are_averaged():
+    described = describe(integers(StepBits((0.0, 500.0, 900.0), (3, 4, 8))))
+    assert [layer.policy for layer in described.layers] == [True, False]
+    assert described.layers[0].activation_bits == 5
+    assert described.mean_activation_bits == 4.5
+    assert described.average_activation_bits == pytest.approx((5 * 2048 + 4 * 4096) / 6144)
+    assert json.loads(json.dumps(described.as_dict()))["mean_activation_bits"] == 4.5
 
 
 def test_attention_products():

@@ -91,11 +91,12 @@ def change(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"version": 1', '"version": 2', "version is 2, and this dit_qat reads 1"),
+        ('"version": 1', '"version": 3', "version is 3, and this dit_qat reads 1 and 2"),
+        ('"version": 1', '"version": 2', "config.json is not the one that was written"),
         ('"version": 1', '"version": true', "version is True"),
         ('"bits":3', '"bits":2', "config.json is not the one that was written"),
         ('"steps": 0', '"steps": 1', "config.json is not the one that was written"),
-        ('"kind":"ternary_linear"', '"kind":"nvfp4"', "module 'blocks.*nvfp4.* is neither"),
+        ('"kind":"ternary_linear"', '"kind":"nvfp4"', "module 'blocks.*nvfp4.* is of none"),
         ('"ternary_1.6"', '"ternary_2"', "config.json is not the one"),
         ("{", "[", "is no JSON"),
     ],

@@ -11,6 +11,7 @@ from dit_qat import load_quantized
 from dit_qat.dit.models import DiT
 from dit_qat.export import describe, write_packed
 from dit_qat.export.sizes import Disk, Size, measure, packed_disk
+from dit_qat.layers import IntLinear
 
 NOTHING = Disk({}, {})
 
@@ -97,3 +98,30 @@ def test_a_packed_model_is_described_as_the_trained_one(
 ) -> None:
     trained, packed = describe(quantized), describe(load_quantized(packed_folder))
     assert packed == trained
+
+
+def test_integer_layers_by_part(int_folder: Path) -> None:
+    model = load_quantized(int_folder)
+    sizes = measure(model, packed_disk(int_folder))
+    assert sizes.disk_bytes == sum(path.stat().st_size for path in int_folder.iterdir())
+    held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    assert sizes.resident_bytes == held
+    parts = sizes.by_part
+    # Two blocks of 96 x 24 codes at 4 bits, 24 x 96 at 8, 24 x 24 at 3 and 72 x 24 at 2.
+    assert parts["4-bit codes"] == Size(2 * 96 * 24, 2 * 96 * 12, 2 * 96 * 12)
+    assert parts["3-bit codes"] == Size(2 * 24 * 24, 2 * 24 * 9, 2 * 24 * 9)
+    assert parts["zero points"].numbers == 2 * (24 + 24 * 4)
+    # qkv: scale and permutation; fc1: permutation; fc2: scale.
+    assert parts["vectors of input transforms"].disk == 2 * 4 * (24 + 24 + 24 + 96)
+    branches = 2 * (2 * 3 * (96 + 24) + 4 * 2 * (96 + 24))
+    assert parts["low-rank branches"].resident == branches
+    assert sizes.by_layer["blocks.0.mlp.fc1"].disk == (
+        96 * 12 + 2 * 96 + 4 * 24 + 2 * 3 * (96 + 24) + 4 * 96
+    )
+    own = model.get_submodule("blocks.0.mlp.fc1")
+    assert isinstance(own, IntLinear)
+    effective = own.effective_weight_bits
+    assert sizes.effective_bits["blocks.0.mlp.fc1"] == pytest.approx((effective, effective))
+    with torch.device("meta"):
+        float_numbers = sum(p.numel() for p in DiT(**model.config).parameters())
+    assert sizes.float_numbers == float_numbers

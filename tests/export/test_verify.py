@@ -68,6 +68,36 @@ def test_nan_is_a_difference(quantized: DiT, packed_folder: Path, inputs: Inputs
         verify_packed(quantized, packed, inputs).check()
 
 
+def test_integer_layers_agree_bit_for_bit(int_model: DiT, int_folder: Path, inputs: Inputs) -> None:
+    found = verify_packed(int_model, load_quantized(int_folder), inputs[:2], {"y": inputs[2]})
+    assert len(found.layers) == 8
+    assert found.worst_layer[1] == found.output == 0
+
+
+@pytest.mark.parametrize(
+    "leaf", ["codes", "scale", "bias", "low_rank_up", "transform.vector0", "transform.vector1"]
+)
+def test_a_changed_integer_layer_is_named(
+    int_model: DiT, int_folder: Path, inputs: Inputs, leaf: str
+) -> None:
+    packed = load_quantized(int_folder)
+    name = "attn.qkv" if leaf.startswith("transform") else "mlp.fc1"
+    tensor = packed.get_buffer(f"blocks.1.{name}.{leaf}")
+    tensor.copy_(tensor.flip(0))
+    with pytest.raises(ValueError, match=rf"'blocks\.1\.{name}' differs"):
+        verify_packed(int_model, packed, inputs).check()
+
+
+def test_a_layer_of_another_kind_is_no_twin(
+    int_model: DiT, int_folder: Path, packed_folder: Path, inputs: Inputs
+) -> None:
+    packed = load_quantized(int_folder)
+    other = load_quantized(packed_folder).get_submodule("blocks.0.mlp.fc1")
+    packed.set_submodule("blocks.0.mlp.fc1", other)
+    with pytest.raises(ValueError, match=r"the models differ in blocks\.0\.mlp\.fc1"):
+        verify_packed(int_model, packed, inputs)
+
+
 def test_other_models_are_refused(
     quantized: DiT, make_quantized: Callable[..., DiT], inputs: Inputs
 ) -> None:

@@ -1,6 +1,8 @@
 """Which rotation a width gets, and the zigzag permutation between two of them."""
 
-from torch import Tensor
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from dit_qat.primitives.hadamard import Rotation, has_hadamard, nearest_orders
 

@@ -96,7 +96,8 @@ def _build(arguments: Mapping[str, Any]) -> nn.Module:
 
 def _check_settings(kind: type[nn.Module], config: Mapping[str, Any]) -> None:
     """Refuse names that the class would ignore, and numbers that no model has."""
-    unknown = sorted(config.keys() - inspect.signature(kind.__init__).parameters.keys())
+    named = inspect.signature(kind).parameters.values()
+    unknown = sorted(config.keys() - {p.name for p in named if p.kind is not p.VAR_KEYWORD})
     if unknown:
         raise ValueError(f"{kind.__name__} has no setting {', '.join(unknown[:3])}")
     for name, value in config.items():

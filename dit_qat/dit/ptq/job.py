@@ -107,7 +107,7 @@ class Prepared:
             plain = "no guidance" if self.sampler.guidance == 1 else guided
             return f"{_KINDS[self.sampler.kind]}, {self.sampler.steps} steps, {plain}"
         call = self.job.pipeline
-        options = ", ".join(f"{name} {value:g}" for name, value in call.options.items())
+        options = ", ".join(f"{name} {value}" for name, value in call.options.items())
         name = type(self.subject.pipeline).__name__
         return f"{name}, {call.steps} steps" + (f", {options}" if options else "")
 

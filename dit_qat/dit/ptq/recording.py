@@ -14,6 +14,7 @@ from dit_qat.export.files import write_json
 __all__ = ["claim_state", "record", "state_folder"]
 
 _JOB = "job.json"
+_FINISHED = ("blocks/block_*", "calls/calls.json", "images/pairs.jsonl")  # worth going on from
 
 
 def state_folder(out: Path) -> Path:
@@ -27,7 +28,7 @@ def claim_state(state: Path, job: PTQJob, overwrite: bool = False) -> bool:
     Args:
         state: The folder, which this process has locked.
         job: What is asked for.
-        overwrite: Remove what another job had finished.
+        overwrite: Remove what another job had finished, rather than refuse.
 
     Returns:
         Whether there was something to take over.
@@ -39,7 +40,7 @@ def claim_state(state: Path, job: PTQJob, overwrite: bool = False) -> bool:
     if path.is_file():
         if path.read_text(encoding="utf-8") == json.dumps(wanted, indent=2) + "\n":
             return True
-        if not overwrite:
+        if not overwrite and any(any(state.glob(pattern)) for pattern in _FINISHED):
             raise ValueError(
                 f"{state} holds what a run of other settings had finished; repeat that command, "
                 "choose another --out, or pass --overwrite true to start over"

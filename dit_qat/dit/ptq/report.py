@@ -6,10 +6,9 @@ from html import escape
 from pathlib import Path
 from statistics import fmean
 
-from dit_qat.dit.ptq.evaluation import OutputErrors, PathErrors
 from dit_qat.dit.ptq.table import LayerRow
 from dit_qat.dit.report.page import bullets, duration, page, paragraph, picture, section, table
-from dit_qat.dit.report.plots_ptq import block_and_kind, layer_error_plot, step_error_plot
+from dit_qat.dit.report.plots_ptq import block_and_kind
 from dit_qat.export.files import written_whole
 
 __all__ = ["PTQReport", "Score", "write_ptq_report"]
@@ -49,10 +48,12 @@ class PTQReport:
         hardware: What it ran on, in words.
         versions: Version by package.
         averages: Of :func:`~dit_qat.dit.ptq.table.average_bits`.
-        errors: On recorded calls.
-        path: Along the sampler's path, where it could be followed.
+        output_error: On recorded calls.
+        trajectory_error: Along the sampler's path, where it could be followed.
         scores: Further lines of the table.
         layers: One row per quantized layer.
+        by_timestep: Errors over timesteps.
+        by_layer: Errors over layers.
         samples: Images of both models, side by side.
         policy: Bits by timestep and layer, where they differ by timestep.
         notes: Further sentences for the end of the page.
@@ -68,10 +69,12 @@ class PTQReport:
     hardware: str
     versions: Mapping[str, str]
     averages: Mapping[str, float]
-    errors: OutputErrors
-    path: PathErrors | None
+    output_error: float
+    trajectory_error: float | None
     scores: Sequence[Score]
     layers: Sequence[LayerRow]
+    by_timestep: bytes = field(repr=False)
+    by_layer: bytes = field(repr=False)
     samples: bytes | None = field(default=None, repr=False)
     policy: bytes | None = field(default=None, repr=False)
     notes: Sequence[str] = ()
@@ -92,9 +95,9 @@ def _body(report: PTQReport) -> list[str]:
     ]
     if report.samples is not None:
         parts.append(section("Samples", picture(report.samples, "Samples", _SAMPLES_NOTE)))
-    parts.append(section("Error by timestep", _by_timestep(report)))
-    layers = picture(layer_error_plot(report.errors.layers), "Error of layers", _LAYERS_NOTE)
-    parts.append(section("Error by layer", layers))
+    steps = picture(report.by_timestep, "Error by timestep", _STEPS_NOTE)
+    layers = picture(report.by_layer, "Error of layers", _LAYERS_NOTE)
+    parts += [section("Error by timestep", steps), section("Error by layer", layers)]
     if report.policy is not None:
         drawing = picture(report.policy, "Activation bits by layer and timestep", _POLICY_NOTE)
         average = report.averages["activation_bits"]
@@ -117,9 +120,9 @@ def _summary(report: PTQReport) -> str:
 
 def _scores(report: PTQReport) -> str:
     averages, rows = report.averages, []
-    if report.path is not None:
-        rows.append(Score("Trajectory error, lower is better", None, report.path.trajectory_error))
-    rows.append(Score("Output error on recorded calls", None, report.errors.output))
+    if report.trajectory_error is not None:
+        rows.append(Score("Trajectory error, lower is better", None, report.trajectory_error))
+    rows.append(Score("Output error on recorded calls", None, report.output_error))
     rows += report.scores
     for label, name in _BITS:
         rows.append(Score(label, None, averages[name], ".3f"))
@@ -133,21 +136,6 @@ def _score_row(score: Score) -> tuple[str, ...]:
         return score.label, "–", after, "–"
     ratio = f"{score.after / score.before:.3g}" if score.before else "–"
     return score.label, format(score.before, score.form), after, ratio
-
-
-def _by_timestep(report: PTQReport) -> str:
-    by_timestep = report.errors.by_timestep
-    curves = {"model output, both on the float model's inputs": _curve(by_timestep)}
-    if report.path is not None:
-        curves["images on their way, each model on its own"] = (
-            report.path.timesteps,
-            report.path.by_step,
-        )
-    return picture(step_error_plot(curves), "Error by timestep", _STEPS_NOTE)
-
-
-def _curve(errors: Mapping[float, float]) -> tuple[Sequence[float], Sequence[float]]:
-    return list(errors), list(errors.values())
 
 
 def _layers(rows: Sequence[LayerRow]) -> str:

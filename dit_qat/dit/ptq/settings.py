@@ -1,6 +1,6 @@
 """What a run of post-training quantization is asked to do, apart from the method."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class PipelineCall:
         frames: Of videos.
         batch_size: Prompts per call.
         dtype: What the pipeline is loaded in.
+        more: What else it is called with, by name, such as max_sequence_length.
 
     Raises:
         ValueError: for numbers below 1.
@@ -88,6 +89,7 @@ class PipelineCall:
     frames: int | None = None
     batch_size: int = 1
     dtype: Dtype = "float32"
+    more: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("steps", "height", "width", "frames", "batch_size"):
@@ -104,7 +106,7 @@ class PipelineCall:
             "width": self.width,
             "num_frames": self.frames,
         }
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in found.items() if value is not None} | self.more
 
 
 @dataclass(frozen=True)

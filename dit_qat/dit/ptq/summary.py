@@ -19,6 +19,8 @@ from dit_qat.dit.report.plots_ptq import layer_error_plot, pairs_plot, step_erro
 
 __all__ = ["metrics_of", "results_of"]
 
+_OUTPUT_CURVE = "model output, both on the float model's inputs"
+_PATH_CURVE = "images on their way, each model on its own"
 _RESUMED = "The run went on after a kill; seconds are those of its last process."
 
 
@@ -67,17 +69,7 @@ def results_of(
 ) -> Results:
     """What goes into the folder beside the packed model."""
     policy = policy_of(prepared.subject.model, result.report)
-    curves = {"output": (list(found.errors.by_timestep), list(found.errors.by_timestep.values()))}
-    if found.path is not None:
-        curves["trajectory"] = (list(found.path.timesteps), list(found.path.by_step))
-    pictures = {
-        "layers.png": layer_error_plot(found.errors.layers),
-        "timesteps.png": step_error_plot(curves),
-    }
-    if policy is not None:
-        pictures["policy.png"] = policy_plot(policy)
-    if found.pictures is not None:
-        pictures["samples.png"] = pairs_plot(*found.pictures)
+    pictures = _pictures(found) | ({} if policy is None else {"policy.png": policy_plot(policy)})
     size = metrics["packed"]
     lines = [*found.scores, *score_lines(drawn)]
     lines.append(Score("Size of the file, MB", size["float_bytes"] / 1e6, size["bytes"] / 1e6))
@@ -92,16 +84,32 @@ def results_of(
         hardware=metrics["hardware"],
         versions=metrics["versions"],
         averages=result.averages,
-        errors=found.errors,
-        path=found.path,
+        output_error=found.errors.output,
+        trajectory_error=None if found.path is None else found.path.trajectory_error,
         scores=lines,
         layers=result.table,
+        by_timestep=pictures["timesteps.png"],
+        by_layer=pictures["layers.png"],
         samples=pictures.get("samples.png"),
         policy=pictures.get("policy.png"),
         notes=[*found.notes, *_notes(prepared, drawn), *([_RESUMED] if metrics["resumed"] else [])],
     )
     folder = state / DRAWN if drawn else None
     return Results(metrics, report, pictures, None if policy is None else policy.as_dict(), folder)
+
+
+def _pictures(found: Comparison) -> dict[str, bytes]:
+    by_timestep = found.errors.by_timestep
+    curves = {_OUTPUT_CURVE: ([*by_timestep], [*by_timestep.values()])}
+    if found.path is not None:
+        curves[_PATH_CURVE] = ([*found.path.timesteps], [*found.path.by_step])
+    pictures = {
+        "layers.png": layer_error_plot(found.errors.layers),
+        "timesteps.png": step_error_plot(curves),
+    }
+    if found.pictures is not None:
+        pictures["samples.png"] = pairs_plot(*found.pictures)
+    return pictures
 
 
 def _title(prepared: Prepared, averages: Mapping[str, float]) -> str:

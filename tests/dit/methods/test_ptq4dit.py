@@ -57,7 +57,7 @@ def test_the_static_range_holds_every_balanced_input(view_of: Callable[..., Bloc
 
 def test_learned_rounding_lowers_the_error_of_the_block(view_of: Callable[..., BlockView]) -> None:
     errors = []
-    for reconstruction in (None, Reconstruction(steps=100)):
+    for reconstruction in (None, Reconstruction(steps=60)):
         method = PTQ4DiT(
             weight_bits=3, activation_bits=8, clip=ClipSearch(10), reconstruction=reconstruction
         )

@@ -1,7 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
+from dit_qat.dit.methods import DuQuant, QuaRot, ViDiTQ
 from dit_qat.dit.methods.rotation import block_order, rotation_of, zigzag
+from dit_qat.dit.ptq import PTQMethod
 
 
 @pytest.mark.parametrize(
@@ -56,3 +61,11 @@ def test_zigzag_brings_the_means_of_blocks_together() -> None:
     assert torch.equal(order.sort().values, torch.arange(256))
     before, after = (x.view(8, -1).mean(1).std() for x in (scores, scores[order]))
     assert after < before / 4
+
+
+@pytest.mark.parametrize("method", [QuaRot(), DuQuant(), ViDiTQ()])
+def test_such_a_width_is_refused_before_the_run(method: PTQMethod) -> None:
+    linears = {"fc1": nn.Linear(64, 8), "fc2": nn.Linear(102, 8)}
+    run = SimpleNamespace(target=SimpleNamespace(linears=lambda: linears))
+    with pytest.raises(ValueError, match="fc2 has 102 inputs"):
+        method.start(run)

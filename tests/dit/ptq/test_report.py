@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from dit_qat.dit.ptq.evaluation import OutputErrors, PathErrors
 from dit_qat.dit.ptq.report import PTQReport, Score, write_ptq_report
 from dit_qat.dit.ptq.table import LayerRow
 
@@ -33,10 +31,12 @@ REPORT = PTQReport(
         "activation_bits": 3.1,
         "activation_bits_by_macs": 3.25,
     },
-    errors=OutputErrors(0.0871, {999.0: 0.01, 0.0: 0.2}, {"blocks.0.attn.qkv": 0.018}),
-    path=PathErrors([999.0, 0.0], [0.001, 0.003], torch.zeros(1), torch.zeros(1)),
+    output_error=0.0871,
+    trajectory_error=0.002,
     scores=[Score("FD-digits, lower is better", 3.5, 7.0, ".2f")],
     layers=[row("blocks.0.attn.qkv")],
+    by_timestep=b"\x89PNG steps",
+    by_layer=b"\x89PNG layers",
 )
 
 
@@ -73,19 +73,11 @@ class Page(HTMLParser):
             self.headings.append(data)
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the plots, which have tests of their own."""
-    for name in ("layer_error_plot", "step_error_plot"):
-        monkeypatch.setattr(f"dit_qat.dit.ptq.report.{name}", lambda errors: b"\x89PNG plot")
-
-
 def read(tmp_path: Path, report: PTQReport) -> Page:
     write_ptq_report(tmp_path / "report.html", report)
     return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
-@pytest.mark.usefixtures("quick")
 def test_scores_stand_beside_those_of_the_float_model(tmp_path: Path) -> None:
     rows = read(tmp_path, REPORT).rows
     assert ["FD-digits, lower is better", "3.50", "7.00", "2"] in rows
@@ -94,7 +86,6 @@ def test_scores_stand_beside_those_of_the_float_model(tmp_path: Path) -> None:
     assert ["blocks.0.attn.qkv", "128", "384", "4", "4.12", "4", "0.01"] in rows
 
 
-@pytest.mark.usefixtures("quick")
 def test_pictures_are_shown_where_there_are_some(tmp_path: Path) -> None:
     plain = read(tmp_path, REPORT)
     assert plain.pictures == ["Error by timestep", "Error of layers"]
@@ -108,7 +99,6 @@ def test_pictures_are_shown_where_there_are_some(tmp_path: Path) -> None:
     assert "Policy, 3.100 activation bits on average" in full.headings
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_page_holds_everything_and_says_what_is_simulated(tmp_path: Path) -> None:
     page = read(tmp_path, replace(REPORT, notes=["One thing more."]))
     assert not page.tags & {"script", "link", "iframe"}
@@ -117,7 +107,6 @@ def test_the_page_holds_everything_and_says_what_is_simulated(tmp_path: Path) ->
     assert "quantization 3 min" in page.text
 
 
-@pytest.mark.usefixtures("quick")
 def test_text_is_escaped(tmp_path: Path) -> None:
     hostile = '<script>alert("x")</script>'
     report = replace(
@@ -127,14 +116,12 @@ def test_text_is_escaped(tmp_path: Path) -> None:
         notes=[hostile],
         layers=[row(hostile)],
         scores=[Score(hostile, None, 1.0)],
-        errors=replace(REPORT.errors, layers={hostile: 1.0}),
     )
     page = read(tmp_path, report)
     assert "script" not in page.tags
     assert page.headings[0] == hostile
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_model_of_hundreds_of_layers_has_one_row_for_each_kind(tmp_path: Path) -> None:
     layers = [row(f"blocks.{i}.{k}", i + 1.0) for i in range(99) for k in ("attn.qkv", "mlp.fc1")]
     page = read(tmp_path, replace(REPORT, layers=layers))
@@ -145,16 +132,15 @@ def test_a_model_of_hundreds_of_layers_has_one_row_for_each_kind(tmp_path: Path)
     assert "metrics.json has every layer" in page.text
 
 
-@pytest.mark.usefixtures("quick")
 def test_without_a_trajectory_the_line_is_left_out(tmp_path: Path) -> None:
-    page = read(tmp_path, replace(REPORT, path=None))
+    page = read(tmp_path, replace(REPORT, trajectory_error=None))
     assert "Trajectory error, lower" not in page.text
 
 
 def test_a_page_that_cannot_be_made_leaves_the_earlier_one(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text("earlier")
-    with pytest.raises(ValueError, match="no layer errors"):
-        write_ptq_report(path, replace(REPORT, errors=replace(REPORT.errors, layers={})))
+    with pytest.raises(KeyError, match="weight_bits"):
+        write_ptq_report(path, replace(REPORT, averages={}))
     assert path.read_text() == "earlier"
     assert [found.name for found in tmp_path.iterdir()] == ["report.html"]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from dit_qat.allocation.beam import Keep
 from dit_qat.calibration import BlockView, Needs
 from dit_qat.dit.methods.adatsq.candidates import (
     Fractions,
@@ -57,6 +58,8 @@ class AdaTSQConfig:
         fisher_rows: Samples of each recorded call for the Fisher information.
         mode: ``path``, or ``teacher_forced``, which needs no trajectory and is solved exactly.
         beam: Paths kept after a step.
+        keep: Which: nearest to the ``origin`` of bits and error, as in the paper, or a ``spread``
+            over the bits that they take.
         fractions: Shares of layers with the highest and the middle bits, one pair per candidate;
             None: at most five that suit the budget.
         search_images: Images (or rows of recorded calls) that guide the search.
@@ -76,6 +79,7 @@ class AdaTSQConfig:
     fisher_rows: int = 16
     mode: Mode = "path"
     beam: int = 4
+    keep: Keep = "origin"
     fractions: tuple[tuple[float, float], ...] | None = None
     search_images: int = 4
     final_images: int = 16
@@ -93,10 +97,18 @@ class AdaTSQConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         temporal_weights(torch.ones(1, 1), self.tau, self.ratio_cap)  # refuses bad settings
         if self.fractions is not None:
-            shares = tuple(Fractions(*pair) for pair in self.fractions)
-            object.__setattr__(self, "fractions", shares)
-            if not shares or any(min(s) < 0 or sum(s) > 1 + 1e-9 for s in shares):
-                raise ValueError(f"fractions={shares} must be pairs of shares, together at most 1")
+            pairs = tuple((high, middle) for high, middle in self.fractions)
+            object.__setattr__(self, "fractions", pairs)
+            if any(min(pair) < 0 or sum(pair) > 1 + 1e-9 for pair in pairs):
+                raise ValueError(f"fractions={pairs} must be pairs of shares, together at most 1")
+
+    @property
+    def shares(self) -> tuple[Fractions, ...]:
+        """Of all candidates; all layers at the lowest bits always are one, which is feasible."""
+        chosen = self.fractions
+        if chosen is None:
+            chosen = default_fractions(self.activation_bits, self.average_bits)
+        return (Fractions(0, 0), *(Fractions(*pair) for pair in chosen))
 
     @property
     def base_bits(self) -> int:
@@ -210,9 +222,7 @@ class _Search:
     def policies(self) -> list[Policy]:
         """What the search left, and the constant policies within the budget."""
         config = self.config
-        shares = config.fractions or default_fractions(config.activation_bits, config.average_bits)
-        low = (Fractions(0, 0),)  # always feasible
-        offered = [candidates(row, config.activation_bits, (*low, *shares)) for row in self.ranks]
+        offered = [candidates(row, config.activation_bits, config.shares) for row in self.ranks]
         searched = self._along(offered) if config.mode == "path" else [self._additive(offered)]
         constant = [
             [(bits,) * len(self.layers)] * len(self.timesteps)
@@ -251,6 +261,7 @@ class _Search:
                 offered,
                 self.capacity,
                 width=self.config.beam,
+                keep=self.config.keep,
                 on_step=lambda: _tick(bar),
             )
 

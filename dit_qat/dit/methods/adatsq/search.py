@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dit_qat.allocation.beam import BeamPath, beam_search, solve_additive
+from dit_qat.allocation.beam import BeamPath, Keep, beam_search, solve_additive
 from dit_qat.calibration.calls import Call, CallStore
 from dit_qat.calibration.capture import evaluating
 from dit_qat.calibration.trees import map_tensors
@@ -65,6 +65,7 @@ def search_path(
     *,
     width: int | None = 4,
     prune: bool = True,
+    keep: Keep = "origin",
     on_step: Callable[[], None] | None = None,
 ) -> list[list[LayerBits]]:
     """Beam search where each step starts from what the steps before it made.
@@ -78,6 +79,7 @@ def search_path(
         capacity: Largest sum of bits.
         width: Paths kept after a step; None: all.
         prune: Whether dominated paths are dropped.
+        keep: Which paths are; see :func:`~dit_qat.allocation.beam.beam_search`.
         on_step: Told of every step of the sampler that was taken.
 
     Returns:
@@ -97,7 +99,7 @@ def search_path(
     sizes = [[sum(bits) for bits in row] for row in offered]
     with switch.restoring():
         paths: list[BeamPath[Tensor]] = beam_search(
-            reference[0], sizes, extend, capacity, width=width, prune=prune
+            reference[0], sizes, extend, capacity, width=width, prune=prune, keep=keep
         )
     return [[offered[t][c] for t, c in enumerate(path.choices)] for path in paths]
 

@@ -51,7 +51,8 @@ class CLQConfig:
         weight_bits: 2, 3, 4 or 8; asymmetric, per output channel.
         activation_bits: 2..8; asymmetric, per token; None: activations stay float.
         preset: ``paper`` rounds weights to nearest. ``exact`` (ours) makes later columns of the
-            smoothed and clipped weight make up for earlier ones, as GPTQ does.
+            smoothed weight make up for earlier ones, as GPTQ does, and clips nothing: what clipping
+            wins at a target it loses along the sampler's path, where its bias adds up.
         previous_blocks: Calibrate behind ``all`` quantized blocks or only the ``previous`` one.
         score: Of channels: .999 quantile of magnitude (``absmax``) or root mean square.
         permutations: Tried in front of the Hadamard, by measured error of the layer.
@@ -59,7 +60,8 @@ class CLQConfig:
         block_size: Largest Hadamard block; None: half of the width where that has an order.
         ahead: Blocks behind the present one that a target may lie in.
         relative_target: Choose targets by relative L1 error; otherwise by raw L1.
-        bounds: Search the clipping bounds of ``weights``, ``activations``, ``both`` or ``none``.
+        bounds: Search the clipping bounds of ``weights``, ``activations``, ``both`` or ``none``; None:
+            of both for ``paper``, of none for ``exact``.
         values: Factors that are tried for a bound, evenly from ``least`` to 1.
         least: The smallest.
         search: Along one bound after the other, or over all pairs.
@@ -82,7 +84,7 @@ class CLQConfig:
     block_size: int | None = None
     ahead: int = 3
     relative_target: bool = True
-    bounds: Bounded = "both"
+    bounds: Bounded | None = None
     values: int = 20
     least: float = 0.5
     search: Search = "coordinate"
@@ -94,6 +96,8 @@ class CLQConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "permutations", tuple(self.permutations))
         _ = self.grid, self.activation  # refuse bad bits now
+        if self.bounds is None:
+            object.__setattr__(self, "bounds", "none" if self.preset == "exact" else "both")
         kinds = {
             "preset": ("paper", "exact"),
             "previous_blocks": ("all", "previous"),

@@ -24,7 +24,8 @@ def quantize(calibrated: tuple[Callable[[], DiT], CallStore]) -> Callable[..., P
     def run(quality: Any = None, trajectory: bool = True, **settings: Any) -> PTQResult:
         model = make()
         path = Trajectory(model, SAMPLER, 4) if trajectory else None
-        settings = {"weights": SMALL, "search_images": 2, "final_images": 4} | settings
+        small = {"weights": SMALL, "search_images": 1, "final_images": 2, "fisher_rows": 4}
+        settings = small | settings
         method = AdaTSQ(AdaTSQConfig(**settings), quality)
         return quantize_post_training(model, method, store, trajectory=path)
 

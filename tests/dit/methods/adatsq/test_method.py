@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_qat.calibration import CallStore
+from dit_qat.dit.methods import RTN
 from dit_qat.dit.methods.adatsq import AdaTSQ, AdaTSQConfig, Policy, WeightSettings
 from dit_qat.dit.methods.adatsq.search import (
     BitSwitch,
@@ -15,7 +16,7 @@ from dit_qat.dit.methods.adatsq.search import (
     search_path,
 )
 from dit_qat.dit.models import DiT
-from dit_qat.dit.ptq import PTQResult, Trajectory
+from dit_qat.dit.ptq import PTQResult, Trajectory, quantize_post_training
 from dit_qat.dit.sampling import SamplerConfig
 from dit_qat.layers import IntLinear
 
@@ -34,12 +35,12 @@ def _policy(result: PTQResult) -> Policy:
 
 @pytest.fixture
 def searched(
-    quantize: Quantize, calibrated: tuple[Callable[[], DiT], CallStore]
+    calibrated: tuple[Callable[[], DiT], CallStore],
 ) -> tuple[DiT, DiT, Trajectory, list[Tensor]]:
-    """A model of all-8, its float twin, a trajectory and what the float model makes of it."""
-    make, _ = calibrated
-    model = quantize(average_bits=8.0).model
-    assert isinstance(model, DiT)
+    """A model of 8 bits, its float twin, a trajectory and what the float model makes of it."""
+    make, store = calibrated
+    model = make()
+    quantize_post_training(model, RTN(weight_bits=8, activation_bits=8), store)
     trajectory = Trajectory(make(), SamplerConfig(steps=4, seed=7), 2)
     return model, make(), trajectory, trajectory.run(make())
 
@@ -209,9 +210,9 @@ def _errors_by_step(model: nn.Module, reference: nn.Module, store: CallStore) ->
             handle = linear.register_forward_pre_hook(lambda _, x, kept=inputs: kept.append(x[0]))
             with torch.no_grad():
                 reference(*call.args, **call.kwargs)
-            handle.remove()
-            difference = inputs[0] @ (layer.to_float().weight - linear.weight).T
-            row.append(float(difference.square().sum() / linear(inputs[0]).square().sum()))
+                handle.remove()
+                difference = inputs[0] @ (layer.to_float().weight - linear.weight).T
+                row.append(float(difference.square().sum() / linear(inputs[0]).square().sum()))
         errors.append(row)
     return torch.tensor(errors)
 

@@ -27,7 +27,8 @@ def test_end_to_end_and_better_at_more_bits(
     exact = output_of(make(), store)
     errors = {}
     for weights, activations in ((8, 8), (4, 8), (4, 4)):
-        method = CLQ(CLQConfig(weights, activations, preset, **QUICK))
+        bounds = "both" if activations == 4 else "none"
+        method = CLQ(CLQConfig(weights, activations, preset, bounds=bounds, **QUICK))
         result = quantize_post_training(make(), method, store)
         assert result.averages["weight_bits"] == weights
         assert result.averages["activation_bits"] == activations
@@ -144,6 +145,11 @@ def test_the_previous_block_alone_is_another_calibration(
         assert method.prefix == blocks
     # With two blocks the one before is all there is.
     assert torch.equal(*outputs)
+
+
+def test_the_exact_preset_clips_nothing_unless_asked() -> None:
+    assert (CLQConfig().bounds, CLQConfig(preset="exact").bounds) == ("both", "none")
+    assert CLQConfig(preset="exact", bounds="weights").bounds == "weights"
 
 
 def test_bad_settings_are_refused_at_once(calibrated: Calibrated, make_dit: Any) -> None:
