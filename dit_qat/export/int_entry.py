@@ -166,16 +166,23 @@ def check_lowest(packed: Tensor, bits: int) -> None:
     Raises:
         ValueError: if it occurs.
     """
-    tops = sum(1 << at for at in range(bits - 1, 24 if bits == 3 else 8, bits))
     for words in _words(packed, bits):
-        others = words * 0
-        for k in range(1, bits):
-            others |= words << k
-        if (words & ~others & tops).any():
+        if _lowest(words, bits).any():
             raise ValueError(
                 f"holds the code {-(1 << (bits - 1))}, which symmetric {bits}-bit weights do not "
                 "have; the data are damaged"
             )
+
+
+def _lowest(words: Any, bits: int) -> Any:
+    """Not zero where a field has its upper bit and no other."""
+    if bits == 8:
+        return words == 1 << 7
+    tops = sum(1 << at for at in range(bits - 1, 24 if bits == 3 else 8, bits))
+    others = words << 1  # lower bits of a field, moved to its upper one
+    for k in range(2, bits):
+        others |= words << k
+    return words & ~others & tops
 
 
 def _words(packed: Tensor, bits: int) -> Iterator[Any]:

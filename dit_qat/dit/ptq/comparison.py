@@ -156,12 +156,12 @@ def compare_pipeline(
     )
 
 
-def score_lines(found: Mapping[str, float]) -> list[Score]:
-    """Lines of the report for what a :class:`PairScorer` found."""
-    lines = [Score(label, None, found[n], ".4g") for n, label in _LABELS.items() if n in found]
+def score_lines(found: Mapping[str, float], of: str = "") -> list[Score]:
+    """Lines of the report for what a :class:`PairScorer` found; ``of`` ends each label."""
+    lines = [Score(text + of, None, found[n], ".4g") for n, text in _LABELS.items() if n in found]
     clip = [found.get(f"clip_score_{name}") for name in ("float", "quantized")]
     if clip[1] is not None:
-        lines.append(Score("CLIPScore", clip[0], clip[1], ".4g"))
+        lines.append(Score(f"CLIPScore{of}", clip[0], clip[1], ".4g"))
     return lines
 
 

@@ -143,7 +143,9 @@ def spread_calls(store: CallStore, count: int) -> list[Call]:
     for turn in range(max(map(len, by_step.values()))):
         turns += [calls[turn] for calls in by_step.values() if turn < len(calls)]
     first = len(by_step)
-    some = turns[:count] if count >= first else [turns[i * first // count] for i in range(count)]
+    some = turns[:count]
+    if count < first:  # both ends included
+        some = [turns[round(i * (first - 1) / max(count - 1, 1))] for i in range(count)]
     return [store[index] for index in sorted(some)]
 
 

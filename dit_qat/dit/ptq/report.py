@@ -177,8 +177,8 @@ _BITS = (
 )
 _SAMPLES_NOTE = "The same noise and the same labels or prompts on both sides, image by image."
 _STEPS_NOTE = (
-    "Squared norm of the difference over the squared norm of the float model's. The first curve "
-    "compares single calls of the model, the second what has added up so far."
+    "Squared norm of the difference over the squared norm of the float model's: of single calls of "
+    "the model and, where the sampler's path was followed, of the images so far."
 )
 _LAYERS_NOTE = (
     "Each layer's own output error in the quantized model: a float layer is given the same input. "

@@ -102,7 +102,9 @@ def pack(model: nn.Module, folder: Path, call: Call, provenance: Mapping[str, An
     """
     write_packed(model, folder, provenance=provenance, overwrite=True)
     device = next(iter((*model.parameters(), *model.buffers()))).device
-    difference = _difference(model, load_quantized(folder, device), call)
+    packed = load_quantized(folder, device)
+    _compute_alike(packed, model)
+    difference = _difference(model, packed, call)
     if not difference <= _LIMIT:
         shutil.rmtree(folder)
         raise ValueError(
@@ -146,6 +148,17 @@ def policy_of(model: nn.Module, report: Mapping[str, Any]) -> Policy | None:
     mean = sum(map(sum, table)) / (len(layers) * len(timesteps))
     sizes = tuple(layer.in_features * layer.out_features for layer in layers.values())
     return Policy(tuple(found), timesteps, table, sizes, nothing, mean)
+
+
+def _compute_alike(packed: nn.Module, model: nn.Module) -> None:
+    """Give a loaded model, which computes in float32, the dtypes of the one it was packed from."""
+    dtypes = {name: value.dtype for name, value in model.named_parameters()}
+    for name, value in packed.named_parameters():
+        value.data = value.data.to(dtypes[name])
+    floats = {name: value for name, value in model.named_buffers() if value.is_floating_point()}
+    for name, value in packed.named_buffers():
+        if name in floats:
+            value.data = value.data.to(floats[name].dtype)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -123,8 +124,11 @@ def _open_pipeline(name: str, device: torch.device | str, dtype: torch.dtype) ->
         pipeline = DiffusionPipeline.from_pretrained(
             name, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-    except (AttributeError, ImportError) as error:
-        raise ValueError(f"{name}: diffusers cannot build this pipeline here ({error})") from error
+    except (AttributeError, ImportError, ValueError) as error:
+        needed = "" if find_spec("accelerate") else "; some need: pip install accelerate"
+        raise ValueError(
+            f"{name}: diffusers cannot build this pipeline here ({error}){needed}"
+        ) from error
     pipeline.to(device)
     return Subject(name, transformer_of(pipeline).eval(), pipeline)
 

@@ -10,6 +10,7 @@ import torch
 from dit_qat import __version__
 from dit_qat.dit.ptq.comparison import Comparison, score_lines
 from dit_qat.dit.ptq.job import Prepared
+from dit_qat.dit.ptq.method import PTQMethod
 from dit_qat.dit.ptq.report import PTQReport, Score
 from dit_qat.dit.ptq.results import DRAWN, Results, as_plain, policy_of
 from dit_qat.dit.ptq.run import PTQResult
@@ -35,7 +36,8 @@ def metrics_of(
 ) -> dict[str, Any]:
     """The content of ``metrics.json``."""
     plain = result.plain()
-    policy = plain["report"].pop("policy", None)  # in a file of its own
+    report = dict(plain["report"])
+    policy = report.pop("policy", None)  # in a file of its own
     return as_plain(
         {
             **prepared.job.plain(),
@@ -48,7 +50,7 @@ def metrics_of(
             "policy": None if policy is None else "policy.json",
             "layers": plain["layers"],
             "calibration_bytes": plain["calibration_bytes"],
-            "report": plain["report"],
+            "report": report,
             "notes": result.layers,
             "seconds": sum(seconds.values()),
             "seconds_by_stage": dict(seconds),
@@ -71,12 +73,12 @@ def results_of(
     policy = policy_of(prepared.subject.model, result.report)
     pictures = _pictures(found) | ({} if policy is None else {"policy.png": policy_plot(policy)})
     size = metrics["packed"]
-    lines = [*found.scores, *score_lines(drawn)]
+    lines = [*found.scores, *score_lines(drawn, " (evaluation prompts)")]
     lines.append(Score("Size of the file, MB", size["float_bytes"] / 1e6, size["bytes"] / 1e6))
     report = PTQReport(
         title=_title(prepared, result.averages),
         model=prepared.subject.name,
-        method=prepared.job.method.name,
+        method=_method_text(prepared.job.method),
         calibration=prepared.calibration_text,
         sampling=prepared.sampling_text,
         seed=prepared.job.seed,
@@ -116,6 +118,15 @@ def _title(prepared: Prepared, averages: Mapping[str, float]) -> str:
     weights, activations = averages["weight_bits"], averages["activation_bits"]
     name = prepared.subject.name.rstrip("/").rpartition("/")[2]
     return f"{prepared.job.method.name} on {name}, W{weights:.3g}A{activations:.3g}"
+
+
+def _method_text(method: PTQMethod) -> str:
+    """Its name, and settings that are numbers or words."""
+    plain = {
+        k: v for k, v in vars(method.config).items() if isinstance(v, bool | int | float | str)
+    }
+    settings = ", ".join(f"{name} {value}" for name, value in plain.items())
+    return f"{method.name} ({settings})" if settings else method.name
 
 
 def _notes(prepared: Prepared, drawn: Mapping[str, Any]) -> list[str]:

@@ -60,7 +60,9 @@ class WeightSettings:
     iterations: int = 100
     grid_steps: int = 20
     gptq: GPTQSettings = field(default_factory=lambda: GPTQSettings(block_size=64))
-    clip: ClipSearch | None = ClipSearch(values=20, least=0.6, exponent=2.0)
+    clip: ClipSearch | None = field(
+        default_factory=lambda: ClipSearch(values=20, least=0.6, exponent=2.0)
+    )
     probe_calls: int = 4
 
     def __post_init__(self) -> None:

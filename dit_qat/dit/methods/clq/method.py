@@ -60,8 +60,8 @@ class CLQConfig:
         block_size: Largest Hadamard block; None: half of the width where that has an order.
         ahead: Blocks behind the present one that a target may lie in.
         relative_target: Choose targets by relative L1 error; otherwise by raw L1.
-        bounds: Search the clipping bounds of ``weights``, ``activations``, ``both`` or ``none``; None:
-            of both for ``paper``, of none for ``exact``.
+        bounds: Search the clipping bounds of ``weights``, ``activations``, ``both`` or ``none``.
+            None: of both for ``paper``, of none for ``exact``.
         values: Factors that are tried for a bound, evenly from ``least`` to 1.
         least: The smallest.
         search: Along one bound after the other, or over all pairs.
