@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from dit_qat.dit.methods import (
     SVDQuant,
     ViDiTQ,
 )
-from dit_qat.dit.methods.adatsq import WeightSettings
+from dit_qat.dit.methods.adatsq import Policy, WeightSettings
 from dit_qat.dit.models import DiT, load_dit
 from dit_qat.dit.ptq import (
     PTQMethod,
@@ -47,7 +48,7 @@ from dit_qat.dit.ptq import (
 )
 from dit_qat.dit.ptq.evaluation import output_errors
 from dit_qat.dit.ptq.table import average_bits, bits_table
-from dit_qat.dit.report.plots_ptq import bits_plot
+from dit_qat.dit.report.plots_policy import policy_plot
 from dit_qat.dit.sampling import SamplerConfig
 from dit_qat.layers import IntLinear
 
@@ -127,7 +128,7 @@ def run_mixed(bench: Bench, name: str, samples: int, out: Path) -> dict[str, Any
         result = bench.quantized(adatsq(3, MIXED))
         model, averages = result.model, result.averages
         if "policy" in result.report:
-            png = bits_plot(result.report["policy"])
+            png = policy_plot(Policy.from_dict(result.report["policy"], "the report"))
             (out / "adatsq_w3a3.1_policy.png").write_bytes(png)
     else:
         result = bench.quantized(SVDQuant(weight_bits=3, activation_bits=3))
@@ -146,7 +147,9 @@ def best_fixed_mix_(bench: Bench, model: DiT) -> None:
     for name, layer in layers.items():
         row = []
         for bits in CHOICES:
-            model.set_submodule(name, layer.with_activation(layer.config.activation.with_bits(bits)))
+            model.set_submodule(
+                name, layer.with_activation(layer.config.activation.with_bits(bits))
+            )
             row.append(trajectory_error(reference, bench.search.run(model)))
         model.set_submodule(name, layer)
         rows.append(row)
@@ -255,13 +258,13 @@ def run_all(arguments: argparse.Namespace) -> None:
     out, samples = arguments.out, arguments.samples
     wanted: dict[str, Callable[[], dict[str, Any]]] = {}
     if samples:
-        wanted["float@float"] = lambda: run_float(bench, samples, out)
+        wanted["float@float"] = partial(run_float, bench, samples, out)
     for cell in arguments.bits:
         for name in arguments.methods:
             if cell in BITS:
-                wanted[f"{name}@{cell}"] = lambda n=name, c=cell: run_cell(bench, n, c, samples, out)
+                wanted[f"{name}@{cell}"] = partial(run_cell, bench, name, cell, samples, out)
             elif name in ("adatsq", "svdquant"):
-                wanted[f"{name}@{cell}"] = lambda n=name: run_mixed(bench, n, samples, out)
+                wanted[f"{name}@{cell}"] = partial(run_mixed, bench, name, samples, out)
     for stem, act in wanted.items():
         path = out / "cells" / f"{stem}.json"
         if not path.exists():

@@ -166,6 +166,11 @@ def tensors_digest(tree: Any) -> str:
     for tensor in tensors_of(tree):
         digest.update(f"{tuple(tensor.shape)}/{tensor.dtype}".encode())
         flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous()
+        # A copy: one number with stride 0 counts as contiguous, but cannot be viewed as bytes.
+        sample = (
+            flat[:: max(1, flat.numel() // _SAMPLED)]
+            .cpu()
+            .clone(memory_format=torch.contiguous_format)
+        )
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -31,6 +31,10 @@ class ModuleEntry(Protocol):
         """The first version of the format that has this kind."""
 
     @property
+    def weights(self) -> str:
+        """What the weights are, in a word."""
+
+    @property
     def activation_bits(self) -> float | None:
         """Of the input, the mean over timesteps where they differ; None: float."""
 

@@ -67,6 +67,11 @@ class IntEntry:
         return self.config.step_bits is not None
 
     @property
+    def weights(self) -> str:
+        """What the weights are, in a word."""
+        return f"{self.config.grid.bits}-bit"
+
+    @property
     def activation_bits(self) -> float | None:
         """Mean over the timesteps of a policy; None where the input stays float."""
         activation, step_bits = self.config.activation, self.config.step_bits

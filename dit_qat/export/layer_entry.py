@@ -91,6 +91,11 @@ class LayerEntry:
         )
 
     @property
+    def weights(self) -> str:
+        """What the weights are, in a word."""
+        return "ternary"
+
+    @property
     def by_timestep(self) -> bool:
         """Whether the layer asks for the model's timestep: never."""
         return False

@@ -3,9 +3,11 @@
 Quantization-aware: RobuQ, AMPN, BitNet v2, min-max. After training: the others.
 """
 
+from dit_qat.dit.methods.adatsq import AdaTSQ, AdaTSQConfig
 from dit_qat.dit.methods.ampn import AMPN, AMPNConfig
 from dit_qat.dit.methods.base import Method
 from dit_qat.dit.methods.bitnet_v2 import BitNetV2, BitNetV2Config
+from dit_qat.dit.methods.clq import CLQ, CLQConfig
 from dit_qat.dit.methods.duquant import DuQuant, DuQuantConfig
 from dit_qat.dit.methods.gptq import GPTQ, GPTQConfig
 from dit_qat.dit.methods.minmax import MinMax, MinMaxConfig
@@ -20,11 +22,15 @@ from dit_qat.dit.methods.vidit_q import ViDiTQ, ViDiTQConfig
 
 __all__ = [
     "AMPN",
+    "CLQ",
     "GPTQ",
     "RTN",
     "AMPNConfig",
+    "AdaTSQ",
+    "AdaTSQConfig",
     "BitNetV2",
     "BitNetV2Config",
+    "CLQConfig",
     "DuQuant",
     "DuQuantConfig",
     "GPTQConfig",

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_qat.calibration import Call, CallStore, evaluating, swapped
+from dit_qat.calibration import Call, evaluating, swapped
 from dit_qat.calibration.trees import map_tensors, tensors_of
 from dit_qat.layers import timestep_scope
 
-__all__ = ["OutputError", "spread_calls"]
+__all__ = ["OutputError"]
 
 
 class OutputError:
@@ -41,9 +41,3 @@ class OutputError:
             output: Any = self.model(*args, **kwargs)
         parts = [t.float().flatten() for t in tensors_of(output) if t.is_floating_point()]
         return torch.cat(parts)
-
-
-def spread_calls(store: CallStore, count: int) -> list[Call]:
-    """``count`` calls of a store (all, if it has fewer), evenly from the first to the last."""
-    last, count = len(store) - 1, min(count, len(store))
-    return [store[round(i * last / max(count - 1, 1))] for i in range(count)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from dit_qat.calibration import LinearStatistics, Needs, swapped
 from dit_qat.dit.methods.evolution import Evolution, Genes, evolve
-from dit_qat.dit.methods.output_error import OutputError, spread_calls
+from dit_qat.dit.methods.output_error import OutputError
 from dit_qat.dit.methods.rounding import (
     GPTQSettings,
     Rounding,
@@ -19,6 +19,7 @@ from dit_qat.dit.methods.rounding import (
     round_nearest,
 )
 from dit_qat.dit.methods.settings import refuse_both
+from dit_qat.dit.ptq.evaluation import spread_calls
 from dit_qat.dit.ptq.method import PTQMethod, PTQRun
 from dit_qat.dit.randomness import derive_seed
 from dit_qat.layers import IntLinear, TokenQuantizer

@@ -51,7 +51,7 @@ of the tensors in its header; `config.json` repeats the configuration for reader
 _PACKED_CARD = """\
 ---
 library_name: dit-qat
-tags: [diffusion-transformer, quantized, ternary]
+tags: [diffusion-transformer, quantized]
 {license}---
 
 # {name}
@@ -219,12 +219,13 @@ def _make_repository(api: HfApi, repo_id: str, private: bool, revision: str | No
 
 def _packed_card(manifest: Manifest, name: str, license: str | None) -> str:
     found = sorted({32 if bits is None else bits for bits in manifest.activation_bits.values()})
+    weights = sorted({entry.weights for entry in manifest.layers.values()})
     return _PACKED_CARD.format(
         license="" if license is None else f"license: {license}\n",
         name=name,
         architecture=manifest.architecture,
-        bits=f"{len(manifest.layers)} linear layers with ternary weights, inputs of "
-        f"{', '.join(map(str, found))} bits",
+        bits=f"{len(manifest.layers)} linear layers with {' and '.join(weights)} weights, "
+        f"inputs of {', '.join(f'{bits:.3g}' for bits in found)} bits",
     )
 
 

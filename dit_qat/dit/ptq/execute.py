@@ -10,11 +10,13 @@ from torch import nn
 
 from dit_qat.calibration import CallStore
 from dit_qat.dit.ptq.comparison import Comparison, compare_dit, compare_pipeline
+from dit_qat.dit.ptq.evaluation import spread_calls
 from dit_qat.dit.ptq.job import Prepared
 from dit_qat.dit.ptq.method import float_twin
+from dit_qat.dit.ptq.packing import pack_quantized
 from dit_qat.dit.ptq.preview import preview
 from dit_qat.dit.ptq.recording import claim_state, record, state_folder
-from dit_qat.dit.ptq.results import DRAWN, check_results_folder, pack, write_results
+from dit_qat.dit.ptq.results import DRAWN, check_results_folder, write_results
 from dit_qat.dit.ptq.run import quantize_post_training
 from dit_qat.dit.ptq.similarity import PairScorer
 from dit_qat.dit.ptq.summary import metrics_of, results_of
@@ -24,6 +26,7 @@ from dit_qat.export.files import locked
 __all__ = ["run_job"]
 
 _EMBEDDED = "digits"
+_COMPARED = 2  # calls, the first and the last step among them
 
 
 def run_job(
@@ -88,13 +91,19 @@ def _run(
     )
     clock.lap("quantization")
     say("packing the model, and running the packed one against it")
-    size = pack(subject.model, state / "packed", store[0], job.plain())
+    packed = pack_quantized(
+        subject.model,
+        state / "packed",
+        spread_calls(store, _COMPARED),
+        provenance=job.plain(),
+        overwrite=True,
+    )
     clock.lap("packing")
     say("comparing it with the float model")
     found = _compare(prepared, reference, store, progress)
     drawn = _draw(prepared, reference, state / DRAWN, progress)
     clock.lap("comparison")
-    sizes = {"bytes": size, "float_bytes": sum(p.nbytes for p in reference.parameters())}
+    sizes = {"bytes": packed.bytes, "float_bytes": sum(p.nbytes for p in reference.parameters())}
     metrics = metrics_of(prepared, result, found, sizes, drawn, clock.seconds, resumed)
     write_results(out, state / "packed", results_of(prepared, result, found, metrics, drawn, state))
     return metrics

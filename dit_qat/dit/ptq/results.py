@@ -1,24 +1,18 @@
 """The folder that a run leaves: the packed model, metrics, the report, pictures; whole or not."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from dit_qat.calibration import Call, evaluating
-from dit_qat.calibration.trees import map_tensors, tensors_of
 from dit_qat.dit.methods.adatsq import Policy
 from dit_qat.dit.ptq.report import PTQReport, write_ptq_report
 from dit_qat.export.files import check_folder, write_json, written_whole
 from dit_qat.export.folders import written_folder
-from dit_qat.export.loader import load_quantized
 from dit_qat.export.manifest import CONFIG_FILE, TENSOR_FILE
-from dit_qat.export.writer import write_packed
 from dit_qat.layers.int_linear import IntLinear
 
 __all__ = [
@@ -27,7 +21,6 @@ __all__ = [
     "Results",
     "as_plain",
     "check_results_folder",
-    "pack",
     "policy_of",
     "write_results",
 ]
@@ -42,7 +35,6 @@ RESULTS = (*_MODEL, "metrics.json", "report.html", "policy.json", *_PICTURES, DR
 
 _CARD = "README.md"  # of a folder that came from the hub
 _CURE = "choose another --out, or pass --overwrite true to replace them"
-_LIMIT = 1e-5  # layers are the same codes; kernels may round otherwise after a move
 
 
 @dataclass(frozen=True)
@@ -91,29 +83,6 @@ def as_plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def pack(model: nn.Module, folder: Path, call: Call, provenance: Mapping[str, Any]) -> int:
-    """Write a packed folder, load it again, and run it against the model in memory.
-
-    Returns:
-        Bytes of the folder.
-
-    Raises:
-        ValueError: if both differ; nothing is left then.
-    """
-    write_packed(model, folder, provenance=provenance, overwrite=True)
-    device = next(iter((*model.parameters(), *model.buffers()))).device
-    packed = load_quantized(folder, device)
-    _compute_alike(packed, model)
-    difference = _difference(model, packed, call)
-    if not difference <= _LIMIT:
-        shutil.rmtree(folder)
-        raise ValueError(
-            f"the packed model's output differs from the quantized one's by {difference:.2g} "
-            "(relative); nothing was written"
-        )
-    return sum((folder / name).stat().st_size for name in _MODEL)
-
-
 def write_results(out: Path, packed: Path, results: Results) -> None:
     """Write the folder, whole or not at all; the packed model is moved there."""
     with written_folder(out) as place:
@@ -148,28 +117,3 @@ def policy_of(model: nn.Module, report: Mapping[str, Any]) -> Policy | None:
     mean = sum(map(sum, table)) / (len(layers) * len(timesteps))
     sizes = tuple(layer.in_features * layer.out_features for layer in layers.values())
     return Policy(tuple(found), timesteps, table, sizes, nothing, mean)
-
-
-def _compute_alike(packed: nn.Module, model: nn.Module) -> None:
-    """Give a loaded model, which computes in float32, the dtypes of the one it was packed from."""
-    dtypes = {name: value.dtype for name, value in model.named_parameters()}
-    for name, value in packed.named_parameters():
-        value.data = value.data.to(dtypes[name])
-    floats = {name: value for name, value in model.named_buffers() if value.is_floating_point()}
-    for name, value in packed.named_buffers():
-        if name in floats:
-            value.data = value.data.to(floats[name].dtype)
-
-
-@torch.no_grad()
-def _difference(model: nn.Module, packed: nn.Module, call: Call) -> float:
-    """Largest difference of outputs over the largest magnitude; NaN counts as one."""
-    device = next(iter((*model.parameters(), *model.buffers()))).device
-    args, kwargs = map_tensors(lambda tensor: tensor.to(device), (call.args, call.kwargs))
-    with evaluating(model), evaluating(packed):
-        expected, found = (tensors_of(m(*args, **kwargs)) for m in (model, packed))
-    worst = 0.0
-    for a, b in zip(expected, found, strict=True):
-        largest = float(a.double().abs().max()) or 1.0
-        worst = max(worst, float((a.double() - b.double()).abs().max()) / largest)
-    return worst

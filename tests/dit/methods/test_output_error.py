@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from dit_qat.calibration import CallStore
-from dit_qat.dit.methods.output_error import OutputError, spread_calls
+from dit_qat.dit.methods.output_error import OutputError
+from dit_qat.dit.ptq.evaluation import spread_calls
 
 
 def test_it_is_the_relative_squared_error_and_leaves_the_model(

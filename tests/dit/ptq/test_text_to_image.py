@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,15 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 
+from dit_qat import load_quantized
 from dit_qat.dit.evaluation import load_images
+from dit_qat.dit.methods import RTN
+from dit_qat.dit.methods.adatsq import AdaTSQ
+from dit_qat.dit.ptq.execute import run_job
+from dit_qat.dit.ptq.job import PTQJob, prepare
+from dit_qat.dit.ptq.settings import Calibration, Evaluation, PipelineCall
 from dit_qat.dit.ptq.similarity import PairScorer
+from dit_qat.dit.ptq.subject import Subject
 from dit_qat.dit.ptq.text_to_image import (
     Drawing,
     Prompt,
@@ -23,6 +31,7 @@ from dit_qat.dit.ptq.text_to_image import (
     using,
 )
 from dit_qat.dit.randomness import generator_for
+from dit_qat.dit.sampling import SamplerConfig
 
 MakeTransformer = Callable[..., nn.Module]
 PROMPTS = [
@@ -50,7 +59,7 @@ class Tiny(DiffusionPipeline):
         num_frames: int | None = None,
     ) -> Any:
         assert generator is not None
-        assert output_type == "np"
+        assert output_type in ("np", "latent")
         self.calls += 1
         self.scheduler.set_timesteps(num_inference_steps)
         x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generator])
@@ -60,7 +69,7 @@ class Tiny(DiffusionPipeline):
             output = self.transformer(
                 x,
                 encoder_hidden_states=text,
-                timestep=t.expand(len(x)),
+                timestep=t.repeat(len(x)),
                 added_cond_kwargs=condition,
             ).sample[:, :4]
             x = self.scheduler.step(output, t, x).prev_sample
@@ -244,3 +253,65 @@ def test_bad_prompts_are_refused(tmp_path: Path, name: str, content: bytes, mess
 def test_a_missing_file_of_prompts_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file of prompts .*absent"):
         read_prompts(tmp_path / "absent.txt")
+
+
+def test_a_whole_run_of_a_pipeline(
+    pipeline: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibrated on prompts, quantized, packed, and drawn beside the float model."""
+    lines = tmp_path / "evaluation_metadata.jsonl"
+    lines.write_text(json.dumps(PROMPTS[1].metadata), encoding="utf-8")
+    subject = Subject("tiny", pipeline.transformer, pipeline)
+    monkeypatch.setattr("dit_qat.dit.ptq.job.open_subject", lambda *_: subject)
+    job = PTQJob(
+        "tiny",
+        RTN(weight_bits=4, activation_bits=8),
+        calibration=Calibration(prompts=["a photo of a bench", "a red cat"], steps=2),
+        pipeline=PipelineCall(steps=3),
+        evaluation=Evaluation(images=1, calls=2, prompts=lines, per_prompt=2),
+    )
+    said: list[str] = []
+    metrics = run_job(prepare(job), tmp_path / "out", said.append, progress=False)
+    assert said[0] == "calibrating on 2 prompts at 2 of 3 steps"
+    assert 0 < metrics["output_error"] < 1
+    assert metrics["timesteps"] == [666.0, 0.0]
+    assert (metrics["prompts"]["layout"], metrics["prompts"]["samples"]) == ("geneval", 2)
+    assert metrics["similarity"]["psnr"] > 20
+    assert (metrics["weight_bits"], metrics["activation_bits"]) == (4, 8)
+    drawn = files(tmp_path / "out" / "images")
+    assert "quantized/00000/samples/0001.png" in drawn
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Only the transformer is quantized" in page
+    assert "in the layout of geneval" in page
+    packed = load_quantized(tmp_path / "out")
+    wanted = draw_prompt(pipeline, "a red cat", Drawing(3), 0)
+    with using(pipeline, packed):
+        assert np.array_equal(draw_prompt(pipeline, "a red cat", Drawing(3), 0), wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calibration": Calibration()}, "prompts and none are given"),
+        ({"calibration": Calibration(prompts=["a", " "])}, "prompt 1 is empty"),
+        ({"sampler": SamplerConfig(steps=3)}, "has its own scheduler"),
+        ({"calibration": Calibration(classes=[1], prompts=["a"])}, "no classes"),
+        ({"method": AdaTSQ()}, 'use mode="teacher_forced"'),
+        (
+            {
+                "method": AdaTSQ(mode="teacher_forced"),
+                "calibration": Calibration(prompts=["a"], steps=[0]),
+            },
+            "would not cover the schedule",
+        ),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_before_anything_is_drawn(
+    pipeline: Tiny, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    subject = Subject("tiny", pipeline.transformer, pipeline)
+    monkeypatch.setattr("dit_qat.dit.ptq.job.open_subject", lambda *_: subject)
+    job = PTQJob("tiny", RTN(), calibration=Calibration(prompts=["a"]))
+    with pytest.raises(ValueError, match=message):
+        prepare(replace(job, **changes))
+    assert pipeline.calls == 0

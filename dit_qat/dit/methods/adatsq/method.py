@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dit_qat.allocation.beam import Keep
@@ -50,7 +50,8 @@ class AdaTSQConfig:
     Attributes:
         average_bits: Budget: largest plain mean of activation bits over timesteps and layers.
         activation_bits: Lowest, middle and highest bits that a layer can get at a step.
-        weights: How the weights are quantized.
+        weights: How the weights are quantized; ``activation_bits`` there are the choice nearest to
+            the budget, whatever is given.
         fisher_weighting: Weight second moments by the softmax of Fisher information over steps;
             otherwise all steps alike.
         tau: Temperature of the softmax, of scores over their mean.
@@ -141,11 +142,14 @@ class AdaTSQ(PTQMethod):
         self.quality = quality
         self._seed = 0
         self._scores: StepScores | None = None
+        self._step_weights: dict[str, Tensor] = {}
 
     @property
     def needs(self) -> Needs:
         """Second moments, and channel maxima for the smoothing."""
-        return Needs(second_moment=True, probe_calls=self.config.weights.probe_calls)
+        weights = self._weights
+        tokens = weights.tokens if weights.counts_rounding else 0
+        return Needs(second_moment=True, tokens=tokens, probe_calls=weights.probe_calls)
 
     def start(self, run: PTQRun) -> None:
         """Measure the temporal Fisher information, and weight second moments by it.
@@ -170,7 +174,8 @@ class AdaTSQ(PTQMethod):
         self._scores = scores
         tau = self.config.tau if self.config.fisher_weighting else float("inf")
         alpha = temporal_weights(scores.values, tau, self.config.ratio_cap)
-        run.step_weights.update(scores.by_step(alpha))
+        self._step_weights = scores.by_step(alpha)
+        run.step_weights.update(self._step_weights)
         run.report["fisher"] = {
             "timesteps": [*scores.timesteps],
             "layers": [*scores.layers],
@@ -180,8 +185,11 @@ class AdaTSQ(PTQMethod):
 
     def quantize_block(self, view: BlockView) -> dict[str, IntLinear]:
         """Solve the weights of a block once, for all steps."""
-        settings = replace(self.config.weights, activation_bits=self.config.base_bits)
-        return solve_block(view, settings, self._seed)
+        return solve_block(view, self._weights, self._seed, self._step_weights)
+
+    @property
+    def _weights(self) -> WeightSettings:
+        return replace(self.config.weights, activation_bits=self.config.base_bits)
 
     def finish(self, run: PTQRun) -> None:
         """Search the policy and give every layer its bits by timestep."""
