@@ -38,8 +38,6 @@ def default_fractions(bits: Sequence[int], budget: float) -> tuple[Fractions, ..
         budget: Largest mean of bits.
     """
     low, middle, high = bits
-    if budget >= high:
-        return (_ALL_HIGH,)
     if budget > (middle + high) / 2:
         return (*NEAR_FOUR[1:], _ALL_HIGH)
     return NEAR_THREE if budget < (low + middle) / 2 else NEAR_FOUR

@@ -228,8 +228,14 @@ class _Search:
         )
 
     def policies(self) -> list[Policy]:
-        """What the search left, and the constant policies within the budget."""
+        """What the search left, and the constant policies within the budget.
+
+        With a budget for the highest bits everywhere there is nothing to search.
+        """
         config = self.config
+        if config.average_bits >= max(config.activation_bits):
+            highest = (max(config.activation_bits),) * len(self.layers)
+            return [self._policy([highest] * len(self.timesteps))]
         offered = [candidates(row, config.activation_bits, config.shares) for row in self.ranks]
         searched = self._along(offered) if config.mode == "path" else [self._additive(offered)]
         constant = [

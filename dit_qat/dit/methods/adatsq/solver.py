@@ -38,16 +38,19 @@ class Moments(NamedTuple):
     rounded: SecondMoment
 
     def target(self, weight: Tensor) -> Tensor:
-        """The weight (out, in) that is best for rounded inputs: ``W C P^-1``."""
-        P = _damped(self.rounded.matrix)
-        solved: Tensor = torch.linalg.solve(P, self.cross.T @ weight.double().T)
-        return solved.T
+        """The weight (out, in) that is best for rounded inputs: ``W C P^-1``.
+
+        Written as ``W + W (C - P) P^-1``, so that damping P touches the change alone.
+        """
+        W, P = weight.double(), self.rounded.matrix
+        change: Tensor = torch.linalg.solve(_damped(P), (self.cross - P).T @ W.T)
+        return W + change.T
 
     def left_over(self, weight: Tensor, codes: Tensor) -> Tensor:
         """What exact inputs should add to rounded ones times codes: ``W - Q C^T H^-1``."""
-        H = _damped(self.exact)
-        solved: Tensor = torch.linalg.solve(H, self.cross @ codes.double().T)
-        return weight.double() - solved.T
+        W, Q, H = weight.double(), codes.double(), self.exact
+        change: Tensor = torch.linalg.solve(_damped(H), (self.cross - H) @ Q.T)
+        return W - Q - change.T
 
     def error(self, weight: Tensor, codes: Tensor) -> float:
         """``E || x W^T - Q_a(x) Q^T ||^2``."""

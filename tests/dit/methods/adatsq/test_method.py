@@ -174,7 +174,8 @@ def test_bases_end_to_end(
     exact = output_of(make(), store)
     errors = []
     for bits in (3, 8):
-        weights = WeightSettings(bits, base, group_size=32, rank=4, grid_steps=2, clip=None)
+        settings = {"group_size": 32, "rank": 4, "grid_steps": 2, "iterations": 2, "clip": None}
+        weights = WeightSettings(bits, base, refits=1, probe_calls=1, **settings)
         result = quantize(average_bits=float(bits), weights=weights)
         found = output_of(result.model, store)
         errors.append(float((found - exact).square().sum() / exact.square().sum()))
@@ -192,7 +193,8 @@ def test_weights_that_count_on_rounded_activations_are_better_at_low_bits(
     make, store = calibrated
     exact, errors = output_of(make(), store), []
     for rounds in (True, False):
-        settings = {"group_size": 32, "rank": 4, "grid_steps": 1, "clip": None, "tokens": 1024}
+        settings = {"group_size": 32, "rank": 4, "grid_steps": 1, "clip": None, "tokens": 512}
+        settings |= {"iterations": 2, "refits": 2, "probe_calls": 1}
         weights = WeightSettings(4, base, round_activations=rounds, **settings)
         result = quantize(average_bits=3.0, weights=weights)
         errors.append(float((output_of(result.model, store) - exact).square().sum()))
