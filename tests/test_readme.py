@@ -18,8 +18,10 @@ ROOT = Path(__file__).parent.parent
 SHORTER = {
     "demo": ["--steps", "3", "--samples", "16", "--sampling_steps", "2"],
     "sample": ["--num", "16", "--sampler.steps", "2"],
-    "ptq": ["--calibration.images", "8", "--calibration.steps", "2", "--sampler.steps", "3"]
-    + ["--evaluation.images", "4", "--evaluation.samples", "16"],
+    "ptq": [
+        *("--calibration.images", "8", "--calibration.steps", "2", "--sampler.steps", "3"),
+        *("--evaluation.images", "4", "--evaluation.samples", "16"),
+    ],
 }
 QUICK_FIT = ["--samples.every_n_steps", "0", "--trainer.limit_val_batches", "0"]
 
