@@ -75,14 +75,16 @@ def _methods() -> dict[str, Callable[[int, int], PTQMethod]]:
         "clq": plain(CLQ),
         "clq-exact": plain(CLQ, preset="exact"),
         "adatsq": lambda w, a: adatsq(w, a),
+        "adatsq-spread": lambda w, a: adatsq(w, a, keep="spread"),
     }
 
 
 METHODS = _methods()
 
 
-def adatsq(weight_bits: int, average_bits: float) -> AdaTSQ:
-    return AdaTSQ(average_bits=average_bits, weights=WeightSettings(bits=weight_bits))
+def adatsq(weight_bits: int, average_bits: float, **settings: Any) -> AdaTSQ:
+    weights = WeightSettings(bits=weight_bits)
+    return AdaTSQ(average_bits=average_bits, weights=weights, **settings)
 
 
 @dataclass(frozen=True)
