@@ -1,9 +1,9 @@
 """Every method of post-training quantization on one model: the table of docs/ptq.md.
 
 Each method at its own published granularity, all on the same recorded calls; effective bits stand
-beside the nominal ones. Each cell is kept as one JSON file and is not repeated, so the tool can be
-stopped, continued, and shared by processes with disjoint ``--methods`` or ``--bits``; ``--report``
-writes the table only.
+beside the nominal ones, ``seconds`` are the processor's. Each cell is kept as one JSON file and is
+not repeated, so the tool can be stopped, continued, and shared by processes with disjoint
+``--methods`` or ``--bits``; ``--report`` writes the table only.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from dit_qat.dit.ptq import (
 )
 from dit_qat.dit.ptq.evaluation import output_errors
 from dit_qat.dit.ptq.table import average_bits, bits_table
+from dit_qat.dit.randomness import derive_seed
 from dit_qat.dit.report.plots_policy import policy_plot
 from dit_qat.dit.sampling import SamplerConfig
 from dit_qat.layers import IntLinear
@@ -102,14 +103,16 @@ class Bench:
     def of(cls, model: DiT, sampler: SamplerConfig, images: int) -> "Bench":
         store = calibrate_dit(model, sampler, images=images)
         # The search looks at other images than those that a method is judged on.
-        seed = SamplerConfig(**{**vars(sampler), "seed": sampler.seed + 1})
+        elsewhere = replace(sampler, seed=derive_seed(sampler.seed, "search"))
         judged = Trajectory(model, sampler, images=images)
-        search = Trajectory(model, seed, images=min(images, 32))
+        search = Trajectory(model, elsewhere, images=min(images, 32))
         return cls(model, sampler, store, search, judged, float_trajectory(judged, model))
 
     def quantized(self, method: PTQMethod) -> PTQResult:
         model = copy.deepcopy(self.model)
-        return quantize_post_training(model, method, self.store, trajectory=self.search)
+        return quantize_post_training(
+            model, method, self.store, trajectory=self.search, seed=self.sampler.seed
+        )
 
     def error(self, model: DiT) -> float:
         return trajectory_error(self.path, self.judged.run(model))
@@ -117,15 +120,15 @@ class Bench:
 
 def run_cell(bench: Bench, name: str, cell: str, samples: int, out: Path) -> dict[str, Any]:
     weight_bits, activation_bits = BITS[cell]
-    started = time.perf_counter()
+    started = time.process_time()
     result = bench.quantized(METHODS[name](weight_bits, activation_bits))
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     return measured(bench, result.model, result.averages, seconds, samples, out / f"{name}_{cell}")
 
 
 def run_mixed(bench: Bench, name: str, samples: int, out: Path) -> dict[str, Any]:
     """Three-bit weights and 3.1 activation bits on average: by step and layer, or by layer only."""
-    started = time.perf_counter()
+    started = time.process_time()
     if name == "adatsq":
         result = bench.quantized(adatsq(3, MIXED))
         model, averages = result.model, result.averages
@@ -137,7 +140,7 @@ def run_mixed(bench: Bench, name: str, samples: int, out: Path) -> dict[str, Any
         model = result.model
         best_fixed_mix_(bench, model)
         averages = average_bits(bits_table(model, [row.name for row in result.table], {}))
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     return measured(bench, model, averages, seconds, samples, out / f"{name}_w3a3.1")
 
 
@@ -243,6 +246,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
     parser.add_argument("--images", type=int, default=64, help="to calibrate and to judge on")
     parser.add_argument("--samples", type=int, default=1797, help="for FD-digits; 0: none")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise that is sampled from")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", action="store_true", help="only write the table")
     arguments = parser.parse_args()
@@ -255,7 +259,8 @@ def main() -> None:
 
 def run_all(arguments: argparse.Namespace) -> None:
     model = load_dit(arguments.model).eval().requires_grad_(False)
-    sampler = SamplerConfig(kind="ddim", steps=arguments.steps, batch_size=300)
+    seed, steps = arguments.seed, arguments.steps
+    sampler = SamplerConfig(kind="ddim", steps=steps, batch_size=300, seed=seed)
     bench = Bench.of(model, sampler, arguments.images)
     out, samples = arguments.out, arguments.samples
     wanted: dict[str, Callable[[], dict[str, Any]]] = {}

@@ -4,6 +4,7 @@ Lightning Fabric starts and connects them: on one machine by running the command
 torchrun and SLURM by joining the processes that are there.
 """
 
+import atexit
 import logging
 import os
 import threading
@@ -117,9 +118,16 @@ def launch(device: str = "auto", devices: int = 1, num_nodes: int = 1) -> Proces
         plugins=[LightningEnvironment()] if _is_one_of_slurm() else None,
     )
     fabric.launch()
+    # The threads behind a group that is still there when Python ends can abort the process.
+    atexit.register(_leave)
     # Only small objects go between the processes, and they may be hours apart when they meet.
     group = cast(dist.ProcessGroup, dist.new_group(timeout=_PATIENCE, backend="gloo"))
     return Processes(fabric.global_rank, fabric.world_size, fabric.device, group)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _started(devices: int, num_nodes: int) -> tuple[int, int]:
