@@ -1,10 +1,16 @@
 """Small stand-ins for what nobody can download in a test."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is there: tests side by side, and what they start, must not fight for the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from diffusers import AutoencoderKL
 from torch import nn

@@ -45,7 +45,7 @@ def test_the_readme_names_every_verb() -> None:
 
 def test_ci_runs_the_test_command() -> None:
     assert "readme_command.py tests" in (ROOT / ".ci" / "run").read_text()
-    assert command("tests").endswith("pytest -q")
+    assert command("tests").endswith("pytest -q -n 2 --dist worksteal")
     assert "-m venv" in command("tests")
     assert "-m venv" in command("demo")
     with pytest.raises(ValueError, match="no command 'deploy'"):

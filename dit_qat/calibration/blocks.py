@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dit_qat.calibration.calls import Call
 from dit_qat.calibration.chain import Chain, Link, Source, State
+from dit_qat.calibration.footprint import Footprint
 from dit_qat.calibration.tracing import Tracer, Watcher
 from dit_qat.calibration.trees import map_leaves, map_tensors, tensors_of
 
@@ -70,6 +71,7 @@ class BlockChain:
 
     Attributes:
         blocks: Name and module in the order of execution.
+        device: Of the model.
 
     Raises:
         ValueError: if a block does not run exactly once in a call, blocks are nested, or a watched
@@ -81,12 +83,8 @@ class BlockChain:
     ) -> None:
         self.model, self.watch = model, dict(watch)
         self.blocks = _in_order(model, blocks, call)
+        self.device = next(model.parameters()).device  # quantized layers have buffers alone
         self._chains: dict[str, Chain] = {}
-
-    @property
-    def device(self) -> torch.device:
-        """Of the model."""
-        return next(self.model.parameters()).device
 
     def of(self, call: Call) -> Chain:
         """The chain of a call, traced at the first of its shapes."""
@@ -140,6 +138,8 @@ class BlockChain:
     def _trace(self, call: Call) -> Chain:
         tracer = Tracer(len(self.blocks))
         seen = Watcher()
+        given = tensors_of((call.args, call.kwargs))
+        footprint = Footprint([*self.model.parameters(), *self.model.buffers(), *given])
 
         def after(at: int, output: Any) -> None:
             tracer.after(at, output)
@@ -150,6 +150,7 @@ class BlockChain:
             for name, linear in self.watch.items():
                 handle = linear.register_forward_pre_hook(seen.hook(name), with_kwargs=True)
                 stack.callback(handle.remove)
+            stack.enter_context(footprint)
             _call(self.model, call, self.device)
         idle = [name for name in self.watch if name not in seen.rows]
         if idle:
@@ -161,7 +162,7 @@ class BlockChain:
         if len(links) < len(self.blocks):
             missing = [n for (n, _), x in zip(self.blocks, tracer.links, strict=True) if x is None]
             raise ValueError(f"{missing[0]} runs in one call and not in another; leave it out")
-        return Chain(links, seen.rows, seen.groups(), tracer.sizes)
+        return Chain(links, seen.rows, seen.groups(), tracer.sizes, footprint.peak)
 
     @contextmanager
     def _listening(

@@ -1,19 +1,28 @@
 """The recorded calls of a model, in memory or on disk."""
 
+import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit_qat.calibration.trees import load_tree, map_tensors, replacing, save_tree, tensors_of
+from dit_qat.calibration.trees import (
+    load_leaf,
+    load_tree,
+    map_tensors,
+    replacing,
+    save_tree,
+    tensors_of,
+)
 
 __all__ = ["Call", "CallStore", "owned"]
 
 _INDEX = "calls.json"
+_FORMAT = 2  # of the files of calls
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,18 @@ class _Entry:
     bytes: int
 
 
+class _Place(NamedTuple):
+    """Where a tensor is kept: the ``leaf``-th of a call."""
+
+    call: int
+    leaf: int
+
+
 @dataclass
 class CallStore:
     """Calls in the order in which they were made.
+
+    A tensor that several calls got, such as a text embedding, is kept once.
 
     Attributes:
         model: :func:`~dit_qat.calibration.state.fingerprint` of the recorded model; empty: unknown.
@@ -58,11 +76,14 @@ class CallStore:
     folder: Path | None = None
     _entries: list[_Entry] = field(default_factory=list)
     _calls: list[Call] = field(default_factory=list)
+    _places: dict[bytes, _Place] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.folder is not None:
             self.folder = Path(self.folder)
             (self.folder / _INDEX).unlink(missing_ok=True)
+            for old in self.folder.glob("call_*.safetensors"):
+                old.unlink()
 
     @classmethod
     def open(cls, folder: Path) -> "CallStore":
@@ -77,6 +98,8 @@ class CallStore:
             raise FileNotFoundError(f"there is no {path}: no finished recording; record it again")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise ValueError(f"format {content['format']}, not {_FORMAT}")
             entries = [_Entry(**entry) for entry in content["calls"]]
             store = cls(model=content["model"])
         except (KeyError, TypeError, ValueError) as error:
@@ -85,29 +108,34 @@ class CallStore:
         return store
 
     def append(self, call: Call) -> None:
-        """Keep one more call; tensors that equal those of the call before are kept once.
+        """Keep one more call, and only those tensors of it that no call before brought.
 
         Raises:
             ValueError: if the limit is passed, or a value cannot be kept on disk.
         """
-        if self._calls:
-            call = _shared(call, self._calls[-1])
-        known = {id(tensor) for tensor in tensors_of(self._last())}
-        fresh = [t for t in tensors_of((call.args, call.kwargs)) if id(t) not in known]
-        size = sum(tensor.nbytes for tensor in fresh)
+        tensors = tensors_of((call.args, call.kwargs))
+        digests = [_digest(tensor) for tensor in tensors]
+        places = [self._places.get(digest) for digest in digests]
+        size = sum(t.nbytes for t, place in zip(tensors, places, strict=True) if place is None)
         self._check_limit(size)
-        self._entries.append(_Entry(call.step, call.timestep, call.rows, size))
+        index = len(self)
         if self.folder is None:
-            self._calls.append(call)
+            self._calls.append(_mapped(call, tensors, places, self._held))
         else:
-            save_tree(self._path(len(self._entries) - 1), [call.args, call.kwargs])
+            # In a file, an empty tensor stands for one that another file holds.
+            bare = _mapped(call, tensors, places, lambda _: torch.empty(0))
+            known = [None if place is None else list(place) for place in places]
+            save_tree(self._path(index), [bare.args, bare.kwargs, known])
+        self._entries.append(_Entry(call.step, call.timestep, call.rows, size))
+        for leaf, digest in enumerate(digests):
+            self._places.setdefault(digest, _Place(index, leaf))
 
     def finish(self) -> None:
         """Write the index, without which a folder does not count as recorded."""
         if self.folder is None:
             return
         calls = [vars(entry) for entry in self._entries]
-        text = json.dumps({"model": self.model, "calls": calls}, indent=1)
+        text = json.dumps({"format": _FORMAT, "model": self.model, "calls": calls}, indent=1)
         replacing(self.folder / _INDEX, lambda path: _write(path, text))
 
     def __len__(self) -> int:
@@ -117,8 +145,10 @@ class CallStore:
         if self.folder is None:
             return self._calls[index]
         entry = self._entries[index]
-        args, kwargs = load_tree(self._path(range(len(self))[index]))
-        return Call(args, kwargs, entry.step, entry.timestep, entry.rows)
+        args, kwargs, known = load_tree(self._path(range(len(self))[index]))
+        call = Call(args, kwargs, entry.step, entry.timestep, entry.rows)
+        places = [None if place is None else _Place(*place) for place in known]
+        return _mapped(call, tensors_of((args, kwargs)), places, self._read)
 
     def __iter__(self) -> Iterator[Call]:
         return (self[index] for index in range(len(self)))
@@ -148,8 +178,12 @@ class CallStore:
         """Bytes of all tensors."""
         return sum(entry.bytes for entry in self._entries)
 
-    def _last(self) -> tuple[Any, ...]:
-        return (self._calls[-1].args, self._calls[-1].kwargs) if self._calls else ()
+    def _held(self, place: _Place) -> Tensor:
+        call = self._calls[place.call]
+        return tensors_of((call.args, call.kwargs))[place.leaf]
+
+    def _read(self, place: _Place) -> Tensor:
+        return load_leaf(self._path(place.call), place.leaf)
 
     def _path(self, index: int) -> Path:
         assert self.folder is not None
@@ -174,16 +208,26 @@ def owned(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", copy=True)
 
 
-def _shared(call: Call, previous: Call) -> Call:
-    """Take equal tensors from the call before: a text embedding is the same at every step."""
-    before = tensors_of((previous.args, previous.kwargs))
-    after = tensors_of((call.args, call.kwargs))
-    if len(before) != len(after):
-        return call
-    pairs = zip(before, after, strict=True)
-    kept = iter([b if b.dtype == a.dtype and torch.equal(b, a) else a for b, a in pairs])
+def _mapped(
+    call: Call,
+    tensors: Sequence[Tensor],
+    places: Sequence[_Place | None],
+    found: Callable[[_Place], Tensor],
+) -> Call:
+    """A call in which ``found(place)`` stands for each tensor that has a place."""
+    pairs = zip(tensors, places, strict=True)
+    kept = iter([tensor if place is None else found(place) for tensor, place in pairs])
     args, kwargs = map_tensors(lambda _: next(kept), (call.args, call.kwargs))
-    return Call(args, kwargs, call.step, call.timestep, call.rows)
+    return replace(call, args=args, kwargs=kwargs)
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """Of dtype, shape and every byte."""
+    digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=32)
+    # A copy: one number with stride 0 counts as contiguous, but cannot be viewed as bytes.
+    flat = tensor.detach().flatten().cpu().clone(memory_format=torch.contiguous_format)
+    digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
 
 def _write(path: Path, text: str) -> None:

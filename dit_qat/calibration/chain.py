@@ -76,12 +76,14 @@ class Chain:
         rows: Rows that each watched linear received.
         shared: Groups of watched linears of one block that received the very same tensor.
         sizes: Bytes of every source.
+        work: Bytes that the call took beside the model and its own arguments, at most.
     """
 
     links: tuple[Link, ...]
     rows: Mapping[str, int]
     shared: tuple[tuple[str, ...], ...]
     sizes: Mapping[Source, int]
+    work: int
 
     @cached_property
     def _live(self) -> list[frozenset[Source]]:

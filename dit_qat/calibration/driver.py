@@ -68,8 +68,8 @@ def drive(
 
     Raises:
         ValueError: before the run, for an empty store, one of another model, linears in no block or
-            without input, or a plan above the limit; within it, for inputs that are not finite
-            (naming layer and timestep), when finished blocks are kept.
+            without input, step weights that do not fit, or a plan above the limit; within it, for
+            inputs that are not finite (naming layer and timestep), when finished blocks are kept.
     """
     if prefix not in get_args(Prefix):
         raise ValueError(f"prefix={prefix!r} is unknown; use one of {get_args(Prefix)}")
@@ -100,6 +100,7 @@ class _Drive:
     ) -> None:
         self.chain, self.store, self.needs, self.prefix = chain, store, needs, prefix
         self.step_weights = step_weights
+        _check_weights(step_weights, chain.watch, store.steps)
         self.shapes = [chain.of(call) for call in store]
         self.linears = [_within(name, chain.watch) for name, _ in chain.blocks]
         outside = set(chain.watch) - {name for part in self.linears for name in part}
@@ -117,7 +118,11 @@ class _Drive:
 
     def warn_of_few_tokens(self) -> None:
         """Say where a second moment cannot have full rank."""
-        rows = {name: sum(chain.rows[name] for chain in self.shapes) for name in self.chain.watch}
+        limit = self.needs.moment_tokens
+        rows = {
+            name: sum(min(chain.rows[name], limit or chain.rows[name]) for chain in self.shapes)
+            for name in self.chain.watch
+        }
         short = {n: x.in_features for n, x in self.chain.watch.items() if rows[n] < x.in_features}
         if short and self.needs.second_moment:
             name, width = next(iter(short.items()))
@@ -130,6 +135,13 @@ class _Drive:
 
     def all_blocks(self, quantize: Quantize, kept: ResumeState | None, progress: bool) -> None:
         """Quantize every block that is not kept."""
+        try:
+            self._all_blocks(quantize, kept, progress)
+        finally:
+            self.behind.clear()
+            self.states.clear()
+
+    def _all_blocks(self, quantize: Quantize, kept: ResumeState | None, progress: bool) -> None:
         total = 2 * len(self.chain.blocks) * len(self.store)
         # Without smoothing, what a method takes between calls counts in the ETA.
         with tqdm(total=total, disable=not progress, unit="call", smoothing=0) as bar:
@@ -146,8 +158,6 @@ class _Drive:
                 bar.refresh()
         for late in self.quantized:
             self._put(late)
-        self.behind.clear()
-        self.states.clear()
 
     def _one_block(self, block: int, quantize: Quantize, bar: "tqdm[Any]") -> dict[str, nn.Module]:
         self._bring_up(block)
@@ -284,6 +294,23 @@ def check_store(model: nn.Module, store: CallStore) -> None:
             f"the calls were recorded from another {type(model).__name__} than the one to "
             "quantize (its weights or shapes differ); record them again"
         )
+
+
+def _check_weights(
+    weights: Mapping[str, Tensor], linears: Mapping[str, nn.Linear], steps: Sequence[int]
+) -> None:
+    for name, weight in weights.items():
+        if name not in linears:
+            raise ValueError(
+                f"step weights are for {name}, which is not to be quantized; drop them"
+            )
+        if weight.ndim != 1 or len(weight) <= max(steps):
+            raise ValueError(
+                f"step weights of {name} have shape {tuple(weight.shape)}; the calls reach step "
+                f"{max(steps)}, so give {max(steps) + 1} numbers"
+            )
+        if not bool((weight.isfinite() & (weight >= 0)).all()):
+            raise ValueError(f"step weights of {name} must be finite and at least 0")
 
 
 def _within(block: str, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:

@@ -1,6 +1,6 @@
 """What a run of the block driver will take at most, said before it starts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,13 +9,20 @@ from dit_qat.calibration.blocks import BlockChain
 from dit_qat.calibration.calls import CallStore
 from dit_qat.calibration.chain import Chain
 from dit_qat.calibration.statistics import Needs
+from dit_qat.primitives.compensation import compensation_bytes
 
 __all__ = ["MemoryPlan", "plan_memory"]
+
+_COPIES = 12  # of a weight in float32, while its scales, rotation or branch are looked for
+_READING = 10  # bytes per number while statistics of it are taken: float32, and which are finite
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Peak bytes by what they are for; an estimate from shapes.
+    """Peak bytes by what they are for, host and device together; an estimate.
+
+    It holds for the calls through the blocks and methods that work layer by layer; what a method
+    does before or after (gradients, a search over the whole model) is its own.
 
     Attributes:
         calls: Recorded calls.
@@ -24,6 +31,8 @@ class MemoryPlan:
         weights: Of the float model and, at most as much as their float forms, of quantized layers
             beside it; who keeps no float layers needs less.
         probes: Calls on which errors are measured: inputs and float outputs of one block.
+        work: What comes and goes: one call on its way through the model (counted in a call of each
+            shape), or statistics being taken, or a method at work on its largest layer.
     """
 
     calls: int
@@ -31,11 +40,12 @@ class MemoryPlan:
     statistics: int
     weights: int
     probes: int
+    work: int
 
     @property
     def total(self) -> int:
         """Sum of all parts."""
-        return self.calls + self.states + self.statistics + self.weights + self.probes
+        return sum(vars(self).values())
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {_size(value)}" for name, value in vars(self).items())
@@ -89,8 +99,28 @@ def plan_memory(
         states=(copies + 1) * widest if on_disk else copies * (max(states) + widest),
         statistics=max(statistics, default=0),
         weights=_weights(chain.model) + linears,
-        probes=2 * min(needs.probe_calls, len(store)) * widest,
+        probes=_probes(chain.model, min(needs.probe_calls, len(store)) * widest),
+        work=max(_running(chain, set(shapes)), _solving(chain, needs)),
     )
+
+
+def _probes(model: nn.Module, inputs: int) -> int:
+    """Inputs in the model's dtype, and outputs in float32."""
+    return inputs + inputs * 4 // next(model.parameters()).element_size()
+
+
+def _running(chain: BlockChain, shapes: Collection[Chain]) -> int:
+    def reading(shape: Chain) -> int:
+        numbers = (shape.rows[name] * linear.in_features for name, linear in chain.watch.items())
+        return _READING * max(numbers)
+
+    return max(shape.work + reading(shape) for shape in shapes)
+
+
+def _solving(chain: BlockChain, needs: Needs) -> int:
+    sizes = {(linear.out_features, linear.in_features) for linear in chain.watch.values()}
+    solver = max(compensation_bytes(*size) for size in sizes) if needs.second_moment else 0
+    return solver + 4 * _COPIES * max(rows * width for rows, width in sizes)
 
 
 def _weights(model: nn.Module) -> int:

@@ -11,6 +11,7 @@ from dit_qat.primitives.second_moment import SecondMoment
 __all__ = ["LinearStatistics", "Needs", "step_scales"]
 
 _QUANTILE = 0.999
+_MOST_SORTED = 1 << 23  # values; torch.quantile refuses more than twice as many
 
 
 @dataclass(frozen=True)
@@ -144,15 +145,17 @@ class LinearStatistics:
         of_calls = self._needs.call_ranges
         self._require(of_calls or self._needs.tokens > 0, "call_ranges=True or tokens above 0")
         values = self._call_absmax if of_calls else self.rows.abs()
-        # torch.quantile refuses more than 16 million values.
-        parts = [part.quantile(_QUANTILE, dim=0) for part in torch.split(values, 256, dim=1)]
+        columns = max(1, _MOST_SORTED // max(len(values), 1))
+        parts = [part.quantile(_QUANTILE, dim=0) for part in torch.split(values, columns, dim=1)]
         return torch.cat(parts)
 
     @property
     def rows(self) -> Tensor:
         """Rows of X that were kept (n, in), in the order of the calls."""
         self._require(self._needs.tokens > 0, "tokens above 0")
-        return torch.cat(self._rows) if self._rows else torch.zeros(0, self.width)
+        if len(self._rows) > 1:
+            self._rows = [torch.cat(self._rows)]  # once, rather than at every look
+        return self._rows[0] if self._rows else self._low.new_zeros(0, self.width)
 
     @property
     def row_steps(self) -> Tensor:

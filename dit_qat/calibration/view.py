@@ -56,8 +56,9 @@ class BlockView:
         groups = probes[0].chain.shared if probes else ()
         mine = [tuple(name for name in group if name in linears) for group in groups]
         self.shared_inputs = [group for group in mine if len(group) > 1]
-        self._references: dict[str | None, list[Tensor]] = {}
-        self._inputs: dict[str, list[Any]] = {}
+        # Of one module at a time: those of all would add up to many times the block's inputs.
+        self._references: tuple[str | None, list[Tensor]] | None = None
+        self._inputs: list[Any] = []
 
     @torch.no_grad()
     def error(self, replacements: Replacements, submodule: str | None = None) -> float:
@@ -143,14 +144,13 @@ class BlockView:
                 state = chain.advance(block, state, self._chain.run(chain, block, state))
 
     def _reference(self, submodule: str | None) -> list[Tensor]:
-        if submodule not in self._references:
+        if self._references is None or self._references[0] != submodule:
+            self._references, self._inputs = None, []
             if submodule is not None:
-                self._listen_to(submodule)
-            count = len(self._probes)
-            self._references[submodule] = [
-                _flat(self._output(at, submodule)) for at in range(count)
-            ]
-        return self._references[submodule]
+                self._inputs = self._inputs_of(submodule)
+            outputs = [_flat(self._output(at, submodule)) for at in range(len(self._probes))]
+            self._references = (submodule, outputs)
+        return self._references[1]
 
     def _output(self, at: int, submodule: str | None) -> Any:
         """Output of the block, or of a submodule on its float inputs, on one probe."""
@@ -158,11 +158,11 @@ class BlockView:
         with timestep_scope(probe.timestep):
             if submodule is None:
                 return self._chain.run(probe.chain, self.index, probe.state)
-            args, kwargs = self._inputs[submodule][at]
+            args, kwargs = self._inputs[at]
             return self._chain.model.get_submodule(submodule)(*args, **kwargs)
 
-    def _listen_to(self, submodule: str) -> None:
-        """Keep what a submodule is called with in the float block."""
+    def _inputs_of(self, submodule: str) -> list[Any]:
+        """What a submodule is called with in the float block."""
         if not submodule.startswith(f"{self.name}."):
             raise ValueError(f"{submodule!r} is no module in block {self.name}; give its full name")
         module = self._chain.model.get_submodule(submodule)
@@ -178,7 +178,7 @@ class BlockView:
                 self._output(at, None)
         if len(kept) != len(self._probes):
             raise ValueError(f"{submodule} does not run exactly once in a call of {self.name}")
-        self._inputs[submodule] = kept
+        return kept
 
 
 @contextmanager

@@ -20,24 +20,33 @@ def written_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``target``; rename it when the block ends well.
 
     An existing ``target`` stays as it is until the new one is whole; whether it may be replaced is
-    the caller's question. What a killed process leaves (``.NAME.partial``, or the old folder as
-    ``.NAME.old`` between two renames) the next one to write ``target`` clears, or puts back.
+    the caller's question. A link stays, and the folder that it leads to is replaced. What a killed
+    process leaves (``.NAME.partial``, or the old folder as ``.NAME.old`` between two renames) the
+    next one to write ``target`` clears, or puts back.
 
     Raises:
         BlockingIOError: If another process is writing ``target``.
+        OSError: If ``target`` cannot be replaced, for it is a mount point, or cannot be written.
     """
+    target = target.resolve()
+    if target.is_mount():
+        raise OSError(
+            f"{target} is a mount point, which no finished folder can take the place of; choose a "
+            "folder inside it"
+        )
     partial = target.with_name(f".{target.name}.partial")
     with locked(partial):
         _put_back(target)
         _clear(partial)
         try:
             yield partial
+            (partial / _LOCK).unlink(missing_ok=True)
+            _flush(partial)
+            _swap(partial, target)
         except BaseException:
-            shutil.rmtree(partial)
+            if partial.exists():
+                shutil.rmtree(partial)
             raise
-        (partial / _LOCK).unlink(missing_ok=True)
-        _flush(partial)
-        _swap(partial, target)
 
 
 @contextmanager

@@ -48,15 +48,9 @@ def load_quantized(folder: Path | str, device: torch.device | str = "cpu") -> nn
         try:
             _check_version(file.metadata, manifest)
             check_names("the file", file.places, manifest.tensors, "config.json lists")
-            file.fetch()  # the disk works while the model is built
-            model = build_skeleton(
-                manifest.architecture,
-                manifest.arguments,
-                manifest.layers,
-                manifest.attention_bits,
-            )
-            check_tensors(model, manifest, file.places)
-            with _loading(file, manifest) as coming:
+            file.fetch()
+            with _loading(file, manifest) as coming:  # the disk and they work during the build
+                model = _built(manifest, file.places)
                 modules = dict(model.named_modules(remove_duplicate=False))
                 for name in file.places:
                     owner, _, leaf = name.rpartition(".")
@@ -66,22 +60,42 @@ def load_quantized(folder: Path | str, device: torch.device | str = "cpu") -> nn
                     _install(modules[owner], leaf, tensor.to(device))
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
-    _check_complete(model, manifest.architecture)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _built(manifest: Manifest, places: Mapping[str, Place]) -> nn.Module:
+    """The model without its tensors, which those of the file fit; it follows the timestep."""
+    model = build_skeleton(
+        manifest.architecture, manifest.arguments, manifest.layers, manifest.attention_bits
+    )
+    check_tensors(model, manifest, places)
+    _check_complete(model, manifest)
     if any(entry.by_timestep for entry in manifest.layers.values()):
         architecture = architecture_named(manifest.architecture)
         follow_timesteps_(model, timestep_argument(architecture, model))
-    return model.to(device).eval().requires_grad_(False)
+    return model
 
 
 @contextmanager
 def _loading(file: TensorFile, manifest: Manifest) -> Iterator[dict[str, Future[Tensor]]]:
-    """Read, check and unpack tensors in several threads, which share the processor's cores."""
-    pool = ThreadPoolExecutor(max_workers=min(_MOST_THREADS, os.cpu_count() or 1))
+    """Read, check and unpack tensors in several threads, which share the processor's cores.
+
+    They begin before anyone knows whether the tensors fit a model; what is wrong with one is raised
+    where it is asked for.
+    """
+    pool = ThreadPoolExecutor(max_workers=min(_MOST_THREADS, _cores()))
     room = _Room()
     try:
         yield {name: pool.submit(_resident, name, file, manifest, room) for name in file.places}
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _check_digest(folder: Path, metadata: Mapping[str, str], digest: str) -> None:
@@ -145,11 +159,14 @@ def _install(module: nn.Module, leaf: str, tensor: Tensor) -> None:
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
-def _check_complete(model: nn.Module, architecture: str) -> None:
+def _check_complete(model: nn.Module, manifest: Manifest) -> None:
     """Refuse what no file can fill: buffers that are not saved with a model."""
-    rest = [name for name, t in chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
+    own = chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    rest = [name for name, t in own if t.is_meta and name not in manifest.tensors]
     if rest:
         raise ValueError(
-            f"the builder of {architecture!r} leaves {listed(rest)} without values; it must make "
-            "what a state dict does not hold on the CPU"
+            f"the builder of {manifest.architecture!r} leaves {listed(rest)} without values; it "
+            "must make what a state dict does not hold on the CPU"
         )

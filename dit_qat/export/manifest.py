@@ -100,7 +100,7 @@ class Manifest:
 def is_packed_folder(path: Path) -> bool:
     """Whether a folder says that it is packed, whatever its version or state."""
     try:
-        content = _parsed(path / CONFIG_FILE)
+        content = _parsed(path / CONFIG_FILE, (path / CONFIG_FILE).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
@@ -123,7 +123,8 @@ def read_manifest_and_digest(folder: Path) -> tuple[Manifest, str]:
         raise FileNotFoundError(
             f"there is no {path}; give a folder that dit-qat export wrote, and copy it whole"
         )
-    content = _parsed(path)
+    data = path.read_bytes()  # once, so that what is understood is what is hashed
+    content = _parsed(path, data)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not of a packed folder; give one that dit-qat export wrote")
     version = content.get("version")
@@ -137,12 +138,12 @@ def read_manifest_and_digest(folder: Path) -> tuple[Manifest, str]:
         manifest = _from_json(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return manifest, hashlib.sha256(path.read_bytes()).hexdigest()
+    return manifest, hashlib.sha256(data).hexdigest()
 
 
-def _parsed(path: Path) -> Any:
+def _parsed(path: Path, data: bytes) -> Any:
     try:
-        return json.loads(path.read_bytes().decode())
+        return json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}); copy or export it again") from error
 

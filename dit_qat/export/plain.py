@@ -107,7 +107,7 @@ def numbers(content: object, what: str, kind: type[T]) -> tuple[T, ...]:
     """
     if not isinstance(content, list) or not all(type(value) is kind for value in content):
         raise ValueError(f"{what} is {content!r}, not a list of {kind.__name__}")
-    if not all(isfinite(value) for value in content):
+    if kind is float and not all(isfinite(value) for value in content):
         raise ValueError(f"{what} holds values that are not finite")
     return tuple(content)
 

@@ -72,6 +72,11 @@ def architecture_named(name: str) -> Architecture:
     Raises:
         ValueError: if there is none.
     """
+    if not _BY_NAME:
+        raise ValueError(
+            f"architecture {name!r} is unknown, for nothing is entered yet; take load_quantized "
+            "from dit_qat, or import dit_qat.dit.models first"
+        )
     if name not in _BY_NAME:
         raise ValueError(
             f"architecture {name!r} is unknown here ({_known()}); read the folder with the version "

@@ -34,10 +34,10 @@ def build_skeleton(
     try:
         with _Unfilled(), torch.device("meta"):
             model = build(arguments)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:  # other packages' constructors raise whatever they stumble over
         raise ValueError(
-            f"the arguments {dict(arguments)!r} build no {architecture!r} ({error}); they are "
-            "damaged or of another version"
+            f"the arguments {dict(arguments)!r} build no {architecture!r} "
+            f"({type(error).__name__}: {error}); they are damaged or of another version"
         ) from error
     modules = dict(model.named_modules())
     unknown = [name for name in (*layers, *attention_bits) if name not in modules or not name]

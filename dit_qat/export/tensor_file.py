@@ -31,6 +31,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors package
+_MOST_DIMENSIONS = 64  # of a torch tensor
 _METADATA = "__metadata__"
 
 
@@ -131,7 +132,7 @@ class TensorFile:
         header, self._start = _read_header(path, file)
         self.metadata = _metadata(path, header.pop(_METADATA, {}))
         places = {name: _place(path, name, entry) for name, entry in header.items()}
-        self.places = dict(sorted(places.items(), key=lambda item: item[1].begin))
+        self.places = dict(sorted(places.items(), key=lambda item: item[1][2:]))
         _check_coverage(path, self.places, path.stat().st_size - self._start)
 
     def read(self, name: str, room: Tensor | None = None) -> tuple[Tensor, str]:
@@ -225,7 +226,9 @@ def _place(path: Path, name: str, entry: object) -> Place:
 
 
 def _are_sizes(values: object) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+    if not isinstance(values, list) or len(values) > _MOST_DIMENSIONS:
+        return False
+    return all(type(v) is int and 0 <= v < 1 << 62 for v in values)
 
 
 def _check_coverage(path: Path, places: Mapping[str, Place], size: int) -> None:

@@ -178,7 +178,7 @@ def _entry(name: str, layer: nn.Module, options: PackOptions) -> ModuleEntry:
 
 def _check_plain(provenance: Mapping[str, Any]) -> None:
     try:
-        json.dumps(provenance, allow_nan=False)
+        json.dumps(provenance, allow_nan=False, sort_keys=True)  # as it will be written
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"provenance holds what JSON does not ({error}); give plain values"
@@ -205,7 +205,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def _check_space(target: Path, needed: int) -> None:
-    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    existing = next(parent for parent in target.resolve().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed + _MARGIN:
         raise OSError(

@@ -93,7 +93,9 @@ class InputTransform(nn.Module):
         """Transform inputs (..., width), in their dtype."""
         for number, step in enumerate(self.steps):
             if step.kind == "scale":
-                x = x / self._vector(number).to(x.dtype)
+                # The exact scale, as the weight has it: rounded to 16 bits it would be another one,
+                # and beyond float16's range zero or infinite.
+                x = (x / self._vector(number)).to(x.dtype)
             elif step.kind == "permute":
                 x = x.index_select(-1, self._vector(number))
             else:

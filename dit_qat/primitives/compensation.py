@@ -21,7 +21,15 @@ from torch import Tensor
 from dit_qat.primitives.scales import widen
 from dit_qat.primitives.second_moment import SecondMoment
 
-__all__ = ["Block", "BlockQuantizer", "Compensated", "Update", "column_by_column", "compensate"]
+__all__ = [
+    "Block",
+    "BlockQuantizer",
+    "Compensated",
+    "Update",
+    "column_by_column",
+    "compensate",
+    "compensation_bytes",
+]
 
 Update = Literal["exact", "diagonal"]
 
@@ -113,6 +121,12 @@ def compensate(
     if permutation is not None:
         Q = Q[:, permutation.argsort()]
     return Compensated(Q, permutation, damping, dead)
+
+
+def compensation_bytes(rows: int, width: int) -> int:
+    """What :func:`compensate` takes at most beside a weight (rows, width), H and its result."""
+    factor = 8 if width <= _DOUBLE_WIDTH else 4
+    return (5 * factor + 4) * width * width + 4 * 4 * rows * width
 
 
 def column_by_column(quantize_columns: Callable[[Tensor, Tensor], Tensor]) -> BlockQuantizer:

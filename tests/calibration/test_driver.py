@@ -273,6 +273,50 @@ def test_what_cannot_be_driven_is_refused_before_the_run(
         )
 
 
+@pytest.mark.parametrize("failing", ["method", "input"])
+def test_a_run_that_fails_leaves_no_states_on_disk(
+    make_toy: MakeToy, make_store: MakeStore, linears_of: LinearsOf, tmp_path: Path, failing: str
+) -> None:
+    model, there = make_toy(), []
+    if failing == "input":
+        with torch.no_grad():
+            model.blocks[2].attn.out.bias[0] = float("nan")
+
+    def quantize(view: BlockView) -> Mapping[str, nn.Module]:
+        there.append((tmp_path / "states").exists())
+        if failing == "method" and view.index == 1:
+            raise RuntimeError("no")
+        return {}
+
+    store = make_store(model, folder=tmp_path)
+    with pytest.raises((RuntimeError, ValueError)):
+        drive(
+            model,
+            store,
+            find_blocks(model),
+            linears=linears_of(model),
+            needs=Needs(),
+            quantize=quantize,
+        )
+    assert there[-1]
+    assert not (tmp_path / "states").exists()
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"blocks.0.attn.k": torch.ones(2)}, r"shape \(2,\); the calls reach step 2, so give 3"),
+        ({"head": torch.ones(3)}, "head, which is not to be quantized"),
+        ({"blocks.0.attn.k": torch.tensor([1, -1, 1])}, "must be finite and at least 0"),
+    ],
+)
+def test_step_weights_that_do_not_fit_are_refused_before_the_run(
+    driven: Callable[..., Any], weights: dict[str, Tensor], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        driven(pytest.fail, step_weights=weights)
+
+
 def test_a_method_may_only_replace_what_it_was_given(driven: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"replaced blocks\.0\.condition in block blocks\.0"):
         driven(lambda view: {"blocks.0.condition": nn.Linear(8, 8)})
@@ -284,6 +328,8 @@ def test_too_few_tokens_are_warned_of(driven: Callable[..., Any]) -> None:
     with pytest.warns(UserWarning, match=r"blocks\.0\.down \(10 tokens, 16 inputs\).*damping"):
         driven(lambda view: {}, calls=1)
     driven(lambda view: {}, calls=1, needs=Needs(tokens=9))
+    with pytest.warns(UserWarning, match=r"\(6 tokens, 8 inputs\)"):
+        driven(lambda view: {}, calls=3, needs=Needs(True, moment_tokens=2, tokens=9))
 
 
 def test_the_peak_is_stated_and_grows_with_what_is_kept(

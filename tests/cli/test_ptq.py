@@ -209,7 +209,7 @@ def test_every_method_has_a_name() -> None:
         (("--calibration.images", "0"), "at least 1"),
         (("--calibration.classes", "[3,12]"), "class 12 for calibration: this DiT has classes 0"),
         (("--calibration.classes", "[]"), "empty list"),
-        (("--calibration.prompts", "prompts.txt"), "draws classes, not prompts"),
+        (("--calibration.prompts", "prompts.txt"), "there is no file of prompts"),
         (("--calibration.steps", "9"), "the sampler makes 4"),
         (("--calibration.steps", "[1,7]"), "the sampler makes steps 0 to 3"),
         (("--pipeline.steps", "3"), "not a pipeline"),
@@ -235,6 +235,20 @@ def test_what_cannot_be_done_is_refused_and_leaves_nothing(
 ) -> None:
     assert message in refused(*command(weights, tmp_path / "out"), *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_class_conditional_model_takes_no_prompts(
+    weights: Path, tmp_path: Path, refused: Refused
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat")
+    arguments = command(weights, tmp_path / "out")
+    assert "draws classes, not prompts" in refused(
+        *arguments, "--calibration.prompts", str(prompts)
+    )
+    assert "--evaluation.prompts is for pipelines" in refused(
+        *arguments, "--evaluation.prompts", str(prompts)
+    )
 
 
 def test_a_width_without_a_rotation_is_refused_before_the_run(

@@ -75,7 +75,35 @@ def test_a_swap_that_fails_keeps_the_old_one(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(OSError, match="no rename"):
         write(tmp_path / "out", "new")
-    assert contents(tmp_path / "out") == {"inner/a.txt": "old"}
+    assert contents(tmp_path) == {"out/inner/a.txt": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_stays_and_its_folder_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    write(tmp_path / "disk" / "run", "old")
+    (tmp_path / "latest").symlink_to(tmp_path / "disk" / "run", target_is_directory=True)
+    for text in ("new", "newer"):
+        write(tmp_path / "latest", text)
+        assert contents(tmp_path / "disk") == {"run/inner/a.txt": text}
+    assert (tmp_path / "latest").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "latest"}
+
+
+def test_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write(Path(), "new")
+    assert contents(tmp_path) == {"here/inner/a.txt": "new"}
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_mount_point_is_refused_first(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    with pytest.raises(OSError, match=r"out is a mount point.*a folder inside it"):
+        write(tmp_path / "out", "new")
+    assert contents(tmp_path) == {}
 
 
 def hold(target, ready, done):

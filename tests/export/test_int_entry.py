@@ -73,6 +73,7 @@ PATHS: list[tuple[list[Any], Any, str]] = [
     (["activation", "group_size"], 36, "does not divide 96 inputs"),
     (["activation"], None, "step_bits without an activation"),
     (["step_bits", "bits"], [3, 4, 9], "activation bits=9 are outside"),
+    (["step_bits", "bits"], [3, 4, 10**400], "are outside 2..8"),
     (["step_bits", "bits"], [3, 4], "3 timesteps with 2 bits"),
     (["step_bits", "bits"], [3.0, 4.0, 8.0], "not a list of int"),
     (["step_bits", "timesteps"], [0.0, 0.0, 1.0], "hold one twice"),

@@ -367,6 +367,40 @@ def test_buffers_that_no_file_holds_are_the_builders(
         load_quantized(tmp_path / "m")
 
 
+def test_without_architectures_the_message_says_where_they_are(
+    packed_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dit_qat.export.registry._BY_NAME", {})
+    with pytest.raises(ValueError, match=r"take load_quantized from dit_qat, or import"):
+        load_quantized(packed_folder)
+
+
+def test_a_manifest_is_hashed_as_it_was_read(
+    packed_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another export finishes between two reads of config.json."""
+    folder = shutil.copytree(packed_folder, tmp_path / "m")
+    original = (folder / "config.json").read_bytes()
+    answers = [original.replace(b'"bits":3', b'"bits":2', 1)]
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: answers.pop() if answers else real(path))
+    with pytest.raises(ValueError, match=r"config\.json is not the one that was written"):
+        load_quantized(folder)
+
+
+def test_errors_of_the_build_come_before_those_of_tensors(
+    packed_folder: Path, tmp_path: Path, resigned: Resign
+) -> None:
+    """Tensors are read while the model is built; nothing of them counts unless they fit it."""
+    folder = shutil.copytree(packed_folder, tmp_path / "m")
+    rewrite(folder, lambda tensors: tensors.update({f"{FC1}.codes": torch.ones(())}))
+    with pytest.raises(ValueError, match=r"codes is F32 of shape \(\)"):
+        load_quantized(folder)
+    resigned(folder, lambda c: c["architecture"]["arguments"].update(depth=10**9))
+    with pytest.raises(ValueError, match="build no 'dit'"):
+        load_quantized(folder)
+
+
 def test_loading_draws_no_random_numbers(packed_folder: Path) -> None:
     before = torch.get_rng_state()
     load_quantized(packed_folder)

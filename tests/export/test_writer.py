@@ -202,7 +202,7 @@ def test_floats_that_do_not_fit_are_errors(make_quantized: MakeModel, tmp_path: 
         write_packed(model, tmp_path / "m", float_dtype="float16")
 
 
-@pytest.mark.parametrize("bad", [{"a": object()}, {"loss": float("nan")}])
+@pytest.mark.parametrize("bad", [{"a": object()}, {"loss": float("nan")}, {"a": {1: 2, "b": 3}}])
 def test_provenance_is_plain(quantized: DiT, tmp_path: Path, bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="provenance holds what JSON does not"):
         write_packed(quantized, tmp_path / "m", provenance=bad)

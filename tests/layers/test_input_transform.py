@@ -89,6 +89,15 @@ def test_a_cast_to_half_keeps_scales_and_the_input_s_dtype() -> None:
     assert (transform(x.bfloat16()).float() - transform(x)).norm() < 0.02 * transform(x).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_are_exact_and_far_ones_survive_in_half_precision(dtype: torch.dtype) -> None:
+    vector = torch.tensor([1e-9, 1e9, 1.00390625 + 2**-9])  # the last: between two of bfloat16
+    x = torch.tensor([1e-6, 3e4, 1.0]).to(dtype)
+    expected = (x.double() / vector.double()).to(dtype)
+    assert torch.equal(InputTransform(3, [Scale(vector)])(x), expected)
+    assert expected.isfinite().all()
+
+
 def test_stored_bytes() -> None:
     stored = sum(buffer.nbytes for buffer in InputTransform(24, chains(24)[4]).buffers())
     assert stored == 24 * 4 * 2

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dit_qat.calibration import LinearStatistics, Needs
 from dit_qat.dit.methods.rotation import check_rotations, rotation_of, zigzag
-from dit_qat.dit.methods.rounding import round_nearest
+from dit_qat.dit.methods.rounding import nearest_layer
 from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.ptq.method import PTQMethod, PTQRun
 from dit_qat.layers import InputTransform, IntLinear, Permute, Rotate, TokenQuantizer
@@ -90,15 +90,7 @@ class DuQuant(PTQMethod):
         c = self.config
         rotation = rotation_of(linear.in_features, c.seed, name, c.block_size)
         transform = zigzag_transform(statistics.rows, rotation)
-        codes, scales, _ = round_nearest(transform.weight(linear.weight), c.grid)
-        return IntLinear.build(
-            linear,
-            grid=c.grid,
-            scales=scales,
-            codes=codes,
-            activation=c.activation,
-            transform=transform,
-        )
+        return nearest_layer(linear, c.grid, c.activation, transform)
 
 
 def zigzag_transform(rows: Tensor, rotation: Rotation) -> InputTransform:

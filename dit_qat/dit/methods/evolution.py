@@ -1,5 +1,6 @@
 """An evolutionary search over a few choices per gene, as Q-DiT uses it (arXiv:2406.17343)."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class _Search:
 
     def run(self, start: Genes) -> Found:
         c = self.config
-        self.measured[start] = self.fitness(start)
+        self._measure(start)
         self._grow(self._random, c.population - 1)
         history = [min(self.measured.values())]
         for _ in range(c.epochs):
@@ -115,9 +116,13 @@ class _Search:
                 break
             genes = make()
             if genes not in self.measured and self.legal(genes):
-                self.measured[genes] = self.fitness(genes)
+                self._measure(genes)
                 born += 1
         return born
+
+    def _measure(self, genes: Genes) -> None:
+        fitness = self.fitness(genes)
+        self.measured[genes] = math.inf if math.isnan(fitness) else fitness
 
     def _random(self) -> Genes:
         return tuple(self.draw.choice(values) for values in self.choices)

@@ -15,7 +15,8 @@ from torch import nn
 from dit_qat.calibration import Call, swapped
 from dit_qat.dit.methods.output_error import OutputError
 from dit_qat.dit.ptq.method import PTQRun
-from dit_qat.layers import IntLinear, StepBits
+from dit_qat.layers import IntLinear, StepBits, TokenQuantizer
+from dit_qat.primitives.integer import IntegerGrid
 
 __all__ = [
     "Allocation",
@@ -56,7 +57,7 @@ class MixedPrecision:
         calls: Recorded calls per range on which errors are measured.
 
     Raises:
-        ValueError: for a budget outside its choices, or nothing to mix.
+        ValueError: for bits that do not exist, a budget outside its choices, or nothing to mix.
     """
 
     weight_budget: float | None = None
@@ -68,8 +69,12 @@ class MixedPrecision:
 
     def __post_init__(self) -> None:
         for kind in ("weight", "activation"):
-            choices = tuple(sorted(getattr(self, f"{kind}_choices")))
+            choices = tuple(sorted({*getattr(self, f"{kind}_choices")}))
             object.__setattr__(self, f"{kind}_choices", choices)
+            if not choices:
+                raise ValueError(f"{kind}_choices are empty; name some bits")
+            for bits in choices:
+                IntegerGrid(bits) if kind == "weight" else TokenQuantizer(bits)
             budget = getattr(self, f"{kind}_budget")
             if budget is not None and not choices[0] <= budget <= choices[-1]:
                 raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dit_qat.calibration import BlockView, LinearStatistics, Needs
 from dit_qat.dit.methods.reconstruction import Reconstruction, reconstruct_block
-from dit_qat.dit.methods.rounding import ClipSearch, round_nearest
+from dit_qat.dit.methods.rounding import ClipSearch, nearest_layer
 from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.methods.smoothing import (
     LEAST,
@@ -39,7 +39,7 @@ class PTQ4DiTConfig:
         probe_calls: Calls on which blocks are reconstructed.
 
     Raises:
-        ValueError: for bits outside their range.
+        ValueError: for bits or calls outside their range.
     """
 
     weight_bits: int = 4
@@ -52,6 +52,7 @@ class PTQ4DiTConfig:
         _ = self.grid
         if self.activation_bits is not None:
             TokenQuantizer(self.activation_bits)
+        Needs(probe_calls=self.probe_calls)
 
     @property
     def grid(self) -> IntegerGrid:
@@ -94,21 +95,12 @@ class PTQ4DiT(PTQMethod):
         w_max = weight_maxima(stacked_weight(linears))
         x_max = temporal_salience(statistics.call_absmax, w_max)
         B = balance(x_max, w_max, 0.5, 0.5)
-        transform, activation = (
-            InputTransform(B.numel(), [Scale(B)]),
-            self._activation(statistics, B),
-        )
+        transform = InputTransform(B.numel(), [Scale(B)])
+        activation = self._activation(statistics, B)
         layers = {}
         for name, linear in zip(names, linears, strict=True):
-            weight = transform.weight(linear.weight)
-            codes, scales, _ = round_nearest(weight, self.config.grid, self.config.clip)
-            layers[name] = IntLinear.build(
-                linear,
-                grid=self.config.grid,
-                scales=scales,
-                codes=codes,
-                activation=activation,
-                transform=transform,
+            layers[name] = nearest_layer(
+                linear, self.config.grid, activation, transform, self.config.clip
             )
         return layers
 

@@ -15,8 +15,8 @@ from dit_qat.dit.methods.rounding import (
     GPTQSettings,
     Rounding,
     legal_group,
+    nearest_layer,
     round_gptq,
-    round_nearest,
 )
 from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.ptq.evaluation import spread_calls
@@ -145,10 +145,9 @@ class QDiT(PTQMethod):
         c = self.config
         group = self.group_sizes.get(name, legal_group(linear.in_features, c.group_size))
         grid = c.grid(group)
-        if c.rounding == "gptq":
-            codes, scales, _ = round_gptq(linear.weight, statistics.second_moment, grid, c.gptq)
-        else:
-            codes, scales, _ = round_nearest(linear.weight, grid)
+        if c.rounding == "nearest":
+            return nearest_layer(linear, grid, c.activation(group))
+        codes, scales, _ = round_gptq(linear.weight, statistics.second_moment, grid, c.gptq)
         return IntLinear.build(
             linear, grid=grid, scales=scales, codes=codes, activation=c.activation(group)
         )
@@ -185,9 +184,6 @@ class _SearchSpace:
     def _layer(self, name: str, size: int) -> IntLinear:
         if (name, size) not in self._made:
             linear, grid = self.linears[name], self.config.grid(size, symmetric=True)
-            codes, scales, _ = round_nearest(linear.weight, grid)
             activation = self.config.activation(size, symmetric=True)
-            self._made[name, size] = IntLinear.build(
-                linear, grid=grid, scales=scales, codes=codes, activation=activation
-            )
+            self._made[name, size] = nearest_layer(linear, grid, activation)
         return self._made[name, size]

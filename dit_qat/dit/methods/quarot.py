@@ -11,8 +11,8 @@ from dit_qat.dit.methods.rounding import (
     ClipSearch,
     GPTQSettings,
     Rounding,
+    nearest_layer,
     round_gptq,
-    round_nearest,
 )
 from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.ptq.method import PTQMethod, PTQRun
@@ -100,12 +100,10 @@ class QuaRot(PTQMethod):
         width = linear.in_features
         rotation = rotation_of(width, c.seed, name, c.block_size)
         transform = InputTransform(width, [Rotate(rotation)])
-        weight = transform.weight(linear.weight)
         if c.rounding == "nearest":
-            codes, scales, _ = round_nearest(weight, c.grid, c.clip)
-        else:
-            moment = statistics.second_moment
-            codes, scales, _ = round_gptq(weight, moment, c.grid, c.gptq, c.clip, transform)
+            return nearest_layer(linear, c.grid, c.activation, transform, c.clip)
+        weight, moment = transform.weight(linear.weight), statistics.second_moment
+        codes, scales, _ = round_gptq(weight, moment, c.grid, c.gptq, c.clip, transform)
         return IntLinear.build(
             linear,
             grid=c.grid,

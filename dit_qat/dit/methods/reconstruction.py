@@ -82,7 +82,8 @@ class LearnedRounding(nn.Module):
         if layer.config.activation is not None:
             z = layer.config.activation.fake_quantize(z)
         weight = (self.codes(self.h) - self.zero) * self.scale
-        return F.linear(z, weight, layer.bias)
+        bias = None if layer.bias is None else layer.bias.to(z.dtype)
+        return F.linear(z, weight.to(z.dtype), bias)
 
     def pull(self, power: float) -> Tensor:
         """``mean 1 - |2 h - 1|^power`` (): zero where all have decided."""

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dit_qat.layers import InputTransform
+from dit_qat.layers import InputTransform, IntLinear, TokenQuantizer
 from dit_qat.primitives.compensation import Block, column_by_column, compensate
 from dit_qat.primitives.integer import IntegerGrid, Scales, decode, divisors, encode, fit_scales
 from dit_qat.primitives.second_moment import SecondMoment
@@ -19,6 +19,7 @@ __all__ = [
     "Rounding",
     "choose_scales",
     "legal_group",
+    "nearest_layer",
     "round_gptq",
     "round_nearest",
     "transformed_moment",
@@ -80,12 +81,21 @@ class GPTQSettings:
         act_order: Columns (whole groups, unless they are static) of large second moment first.
         static_groups: Scales of groups from the weight as it was, not as compensated when its
             block begins.
+
+    Raises:
+        ValueError: for damping or blocks outside their range.
     """
 
     damping: float = 0.01
     block_size: int = 128
     act_order: bool = False
     static_groups: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping <= 10:
+            raise ValueError(f"damping={self.damping} is outside 0..10; 0.01 is usual")
+        if self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size} is below 1; 128 is usual")
 
 
 def legal_group(width: int, wanted: int) -> int:
@@ -120,6 +130,29 @@ def round_nearest(weight: Tensor, grid: IntegerGrid, clip: ClipSearch | None = N
     scales = choose_scales(weight, grid, clip)
     codes = encode(weight, grid, scales)
     return Rounded(codes, scales, decode(codes, grid, scales))
+
+
+def nearest_layer(
+    linear: nn.Linear,
+    grid: IntegerGrid,
+    activation: TokenQuantizer | None,
+    transform: InputTransform | None = None,
+    clip: ClipSearch | None = None,
+) -> IntLinear:
+    """Quantize a linear, its weight transformed and rounded to the nearest codes.
+
+    Args:
+        linear: Float.
+        grid: Of the transformed weight.
+        activation: Of the transformed inputs.
+        transform: Of the inputs.
+        clip: Search of the weight's range; None: the full one.
+    """
+    weight = linear.weight if transform is None else transform.weight(linear.weight)
+    codes, scales, _ = round_nearest(weight, grid, clip)
+    return IntLinear.build(
+        linear, grid=grid, scales=scales, codes=codes, activation=activation, transform=transform
+    )
 
 
 def round_gptq(

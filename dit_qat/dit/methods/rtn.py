@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from dit_qat.calibration import LinearStatistics, Needs
-from dit_qat.dit.methods.rounding import round_nearest
+from dit_qat.dit.methods.rounding import nearest_layer
 from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.ptq.method import PTQMethod
 from dit_qat.layers import IntLinear, TokenQuantizer
@@ -72,8 +72,4 @@ class RTN(PTQMethod):
         self, name: str, linear: nn.Linear, statistics: LinearStatistics
     ) -> IntLinear:
         """Round the weight as it is."""
-        grid = self.config.grid
-        codes, scales, _ = round_nearest(linear.weight, grid)
-        return IntLinear.build(
-            linear, grid=grid, scales=scales, codes=codes, activation=self.config.activation
-        )
+        return nearest_layer(linear, self.config.grid, self.config.activation)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dit_qat.calibration import BlockView, Needs
-from dit_qat.dit.methods.rounding import round_nearest
+from dit_qat.dit.methods.rounding import nearest_layer
 from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.methods.smoothing import (
     LEAST,
@@ -86,13 +86,5 @@ class SmoothQuant(PTQMethod):
             s = balance(x_max, w_max, c.alpha, 1 - c.alpha, c.floor)
             transform = InputTransform(s.numel(), [Scale(s)])
             for name, linear in zip(names, linears, strict=True):
-                codes, scales, _ = round_nearest(transform.weight(linear.weight), c.grid)
-                layers[name] = IntLinear.build(
-                    linear,
-                    grid=c.grid,
-                    scales=scales,
-                    codes=codes,
-                    activation=c.activation,
-                    transform=transform,
-                )
+                layers[name] = nearest_layer(linear, c.grid, c.activation, transform)
         return layers

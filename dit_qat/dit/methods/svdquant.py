@@ -38,6 +38,7 @@ __all__ = [
     "iterate_branch",
     "leading_factors",
     "smoothing_grid",
+    "stacked_layers",
 ]
 
 _EXACT_WIDTH = 512  # from here on the many trials of the grid take an approximate subspace
@@ -62,7 +63,7 @@ class SVDQuantConfig:
         probe_calls: Calls on which candidates are compared.
 
     Raises:
-        ValueError: for bits, a group or a rank outside their range.
+        ValueError: for bits, a group, a rank or numbers outside their range.
     """
 
     weight_bits: int = 4
@@ -80,7 +81,7 @@ class SVDQuantConfig:
         IntegerGrid(self.weight_bits, group_size=self.group_size)
         if self.activation_bits is not None:
             TokenQuantizer(self.activation_bits)
-        for name, least in (("rank", 0), ("iterations", 1), ("grid_steps", 1)):
+        for name, least in (("rank", 0), ("iterations", 1), ("grid_steps", 1), ("probe_calls", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is below {least}; choose it higher")
 
@@ -108,9 +109,22 @@ class SVDQuant(PTQMethod):
     def quantize_block(self, view: BlockView) -> dict[str, IntLinear]:
         """Smooth, branch and round every group of linears of one input."""
         layers: dict[str, IntLinear] = {}
-        for names in shared_inputs(view):
+        for names in stacked_layers(view):
             layers |= SharedLayers(view, names, self.config).quantize()
         return layers
+
+
+def stacked_layers(view: BlockView) -> list[SharedInput]:
+    """Linears of one input within one module of a block: q, k and v, but not the MLP beside them.
+
+    In a parallel block such as FLUX's single one all four read the same tensor; the paper stacks
+    q, k and v, and a rank of 32 is little for all.
+    """
+    groups: dict[tuple[SharedInput, str], list[str]] = {}
+    for names in shared_inputs(view):
+        for name in names:
+            groups.setdefault((names, _child(view, name)), []).append(name)
+    return [tuple(names) for names in groups.values()]
 
 
 def smoothing_grid(steps: int = 20) -> list[tuple[float, float]]:
@@ -192,9 +206,19 @@ def branch_and_round(
     if rank == 0:
         return Branched(None, None, weight, round_nearest(weight, grid))
     dtype: torch.dtype = getattr(torch, branch_dtype)
-    up, down = (factor.to(dtype) for factor in leading_factors(target, rank, exact))
+    up, down = _stored(*leading_factors(target, rank, exact), dtype)
     residual = weight - up.float() @ down.float()
     return Branched(up, down, residual, round_nearest(residual, grid))
+
+
+def _stored(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors in their dtype; what is beyond its range moves to the other factor."""
+    if up.abs().max() > torch.finfo(dtype).max or down.abs().max() > torch.finfo(dtype).max:
+        tiny = torch.finfo(torch.float32).tiny
+        ratio = up.norm(dim=0).clamp_min(tiny) / down.norm(dim=1).clamp_min(tiny)
+        size = torch.exp2((ratio.log2() / 2).round())
+        up, down = up / size, down * size[:, None]
+    return up.to(dtype), down.to(dtype)
 
 
 def iterate_branch(
@@ -326,8 +350,13 @@ class SharedLayers:
 def _evaluated_module(view: BlockView, names: SharedInput) -> str | None:
     """The attention or feed-forward module that holds these linears; None: the whole block."""
     children: Mapping[str, nn.Module] = dict(view.block.named_children())
-    found = {name.removeprefix(f"{view.name}.").split(".")[0] for name in names}
+    found = {_child(view, name) for name in names}
     child = found.pop()
     if found or isinstance(children[child], nn.ModuleList):
         return None
     return f"{view.name}.{child}"
+
+
+def _child(view: BlockView, name: str) -> str:
+    """The module of a block that a linear is, or lies in."""
+    return name.removeprefix(f"{view.name}.").split(".")[0]

@@ -9,7 +9,7 @@ from torch import nn
 from dit_qat.calibration import BlockView, Needs
 from dit_qat.dit.methods.mixed_precision import MixedPrecision, Score, allocate, layer_groups
 from dit_qat.dit.methods.rotation import check_rotations, rotation_of
-from dit_qat.dit.methods.rounding import round_nearest
+from dit_qat.dit.methods.rounding import nearest_layer
 from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.methods.smoothing import (
     SharedInput,
@@ -39,7 +39,8 @@ class ViDiTQConfig:
         activation_bits: 2..8, a scale per token; None: activations stay float.
         balance: ``static_dynamic``, the later generation: scale channels by
             ``m = max|W|^a / max|X|^(1-a)``, then rotate. ``channel``, the early one: divide by
-            ``max|X|^a / max|W|^(1-a)``. ``none``: round as it is.
+            ``max|X|^a / max|W|^(1-a)``, X over all steps: without the release's running mean of
+            maxima and its two ranges of timesteps. ``none``: round as it is.
         alpha: a; .99 (static_dynamic) or .3 (channel), as for PixArt.
         activation_symmetric: Whether inputs have signed codes; so in the later generation.
         block_size: Rotate blocks of at most this; None: as :func:`rotation_of` finds.
@@ -180,14 +181,4 @@ class ViDiTQ(PTQMethod):
         activation: TokenQuantizer | None,
         transform: InputTransform | None,
     ) -> IntLinear:
-        grid = self.config.grid(bits)
-        weight = linear.weight if transform is None else transform.weight(linear.weight)
-        codes, scales, _ = round_nearest(weight, grid)
-        return IntLinear.build(
-            linear,
-            grid=grid,
-            scales=scales,
-            codes=codes,
-            activation=activation,
-            transform=transform,
-        )
+        return nearest_layer(linear, self.config.grid(bits), activation, transform)

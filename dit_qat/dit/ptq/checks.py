@@ -1,6 +1,7 @@
 """What a run would fail on hours later, refused before it starts."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,12 @@ from dit_qat.dit.sampling import SamplerConfig
 from dit_qat.dit.sampling.sampler import build_scheduler
 from dit_qat.layers.step_bits import StepBits
 
-__all__ = ["check_method", "check_subject", "schedule"]
+__all__ = ["check_method", "check_options", "check_subject", "schedule"]
 
+_OURS_TO_GIVE = (
+    *("prompt", "class_labels", "num_inference_steps", "generator", "output_type", "return_dict"),
+    *("callback", "callback_on_step_end"),
+)
 _ROTATED = "static_dynamic"  # the balance of ViDiT-Q that rotates
 
 
@@ -95,6 +100,11 @@ def check_subject(
                 f"{subject.name} is a pipeline and has its own scheduler; leave --sampler out and "
                 "set --pipeline.steps, --pipeline.guidance and --pipeline.batch_size"
             )
+        if getattr(subject.pipeline, "transformer_2", None) is not None:
+            raise ValueError(
+                f"{subject.name} has two transformers, each for steps of its own, and only one is "
+                "quantized here; give a pipeline with one"
+            )
         if calibration.classes is not None:
             raise ValueError(
                 f"{subject.name} draws prompts; give --calibration.prompts, no classes"
@@ -115,6 +125,28 @@ def check_subject(
         _ = subject.dit.null_class  # raises where guidance is impossible
     kept_steps(sampler.steps, calibration.steps)
     return []
+
+
+def check_options(pipeline: Any, options: Mapping[str, Any]) -> None:
+    """Refuse what a pipeline cannot be called with, or is given anyway.
+
+    Raises:
+        ValueError: naming the option, and what there is.
+    """
+    known = inspect.signature(pipeline.__call__).parameters
+    name = type(pipeline).__name__
+    given = sorted(set(options) & set(_OURS_TO_GIVE))
+    if given:
+        raise ValueError(
+            f"pipeline option {given[0]!r}: this command gives it itself; leave it out of "
+            "--pipeline.more"
+        )
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        free = ", ".join(option for option in known if option not in _OURS_TO_GIVE)
+        raise ValueError(f"{name} takes no {unknown[0]!r}; leave it out (it takes {free})")
 
 
 def schedule(model: DiT, sampler: SamplerConfig) -> list[float]:

@@ -18,6 +18,7 @@ from dit_qat.dit.ptq.evaluation import (
     path_errors,
     spread_calls,
 )
+from dit_qat.dit.ptq.latent_path import LatentPath, PathSums
 from dit_qat.dit.ptq.report import Score
 from dit_qat.dit.ptq.settings import Evaluation
 from dit_qat.dit.ptq.similarity import PairScorer
@@ -47,7 +48,7 @@ class Comparison:
 
     Attributes:
         errors: On recorded calls.
-        path: Along the sampler's path; None for a pipeline.
+        path: Along the path of x, or of a pipeline's latents; None where it does not show them.
         scores: Lines of the report.
         plain: The same for ``metrics.json``.
         pictures: Images of both, uint8 (N, C, H, W); None for latents without a decoder.
@@ -117,6 +118,7 @@ def compare_pipeline(
     drawing: Drawing,
     settings: Evaluation,
     *,
+    timestep_argument: str = "timestep",
     progress: bool = False,
 ) -> Comparison:
     """Compare a pipeline with its quantized and its float transformer, on a few prompts.
@@ -128,31 +130,37 @@ def compare_pipeline(
         prompts: To draw; the first few are.
         drawing: How.
         settings: How much.
+        timestep_argument: What the transformer's forward calls the timestep.
         progress: Whether to show bars.
     """
     errors = output_errors(
         subject.model, reference, spread_calls(store, settings.calls), progress=progress
     )
+    sums = PathSums()
     scorer = PairScorer(device=next(reference.parameters()).device)
     drawn: list[list[Tensor]] = [[], []]
     found: list[dict[str, float]] = []
     for at, prompt in enumerate(prompts[: settings.images]):
-        pair = []
+        pair, paths = [], []
         for model in (reference, subject.model):
-            with using(subject.pipeline, model):
-                pair.append(draw_prompt(subject.pipeline, prompt, drawing, at))
+            path = LatentPath(subject.pipeline, timestep_argument)
+            with using(subject.pipeline, model), path.listening(model):
+                pair.append(draw_prompt(subject.pipeline, prompt, drawing, at, path=path))
+            paths.append(path)
+        sums.add(*paths)
         found.append(scorer(prompt, *pair))
         for images, frames in zip(drawn, pair, strict=True):
             middle = np.ascontiguousarray(frames[len(frames) // 2])
             images.append(torch.from_numpy(middle).permute(2, 0, 1))
     plain = {name: sum(s[name] for s in found) / len(found) for name in found[0]}
+    along = sums.errors()
     return Comparison(
         errors,
-        None,
+        along,
         score_lines(plain),
         {"similarity": plain, "images": len(found), "missing": scorer.missing},
         (torch.stack(drawn[0]), torch.stack(drawn[1])),
-        tuple(scorer.missing.values()),
+        (*scorer.missing.values(), *(() if along else (_NO_PATH,))),
     )
 
 
@@ -176,6 +184,10 @@ def _decoded(
     return to_uint8(ends[0].cpu()), to_uint8(ends[1].cpu())
 
 
+_NO_PATH = (
+    "There is no trajectory error: this pipeline does not show its latents step by step (it takes "
+    "no callback_on_step_end)."
+)
 _FD_NOTE = (
     "FD-digits is no FID: it is a squared Fréchet distance between features of a small digit "
     "classifier. It does not reach zero: perfect samples, 1,797 drawn anew from the real images, "

@@ -47,12 +47,13 @@ class OutputErrors:
 
 @dataclass(frozen=True)
 class PathErrors:
-    """Errors along the sampler's path, each model following its own images.
+    """Errors along the path of a sampler or pipeline, each model following its own images.
 
     Attributes:
         timesteps: The model's, step by step.
         by_step: ``||x_q - x_f||^2 / ||x_f||^2`` after each.
-        reference: The float model's last x (N, C, H, W), on the CPU.
+        reference: The float model's last x (N, C, H, W), or a pipeline's latents in its own
+            layout (N, ...), on the CPU.
         found: The quantized model's.
     """
 

@@ -87,6 +87,7 @@ def _run(
         seed=job.seed,
         state_folder=state / "blocks",
         limit_bytes=job.limit_bytes,
+        moment_tokens=job.calibration.tokens,
         progress=progress,
     )
     clock.lap("quantization")
@@ -121,6 +122,7 @@ def _compare(
             prepared.prompts,
             prepared.drawing,
             job.evaluation,
+            timestep_argument=prepared.target.timestep_argument,
             progress=progress,
         )
     return compare_dit(

@@ -7,13 +7,13 @@ import torch
 
 from dit_qat.dit.models.autoencoder import Autoencoder, check_channels, load_autoencoder
 from dit_qat.dit.ptq.calibrate import kept_steps
-from dit_qat.dit.ptq.checks import check_method, check_subject, schedule
+from dit_qat.dit.ptq.checks import check_method, check_options, check_subject, schedule
 from dit_qat.dit.ptq.method import PTQMethod
 from dit_qat.dit.ptq.results import as_plain
 from dit_qat.dit.ptq.settings import Calibration, Evaluation, Patterns, PipelineCall
 from dit_qat.dit.ptq.subject import Subject, open_subject
 from dit_qat.dit.ptq.target import PTQTarget
-from dit_qat.dit.ptq.text_to_image import Drawing, Prompt, read_prompts
+from dit_qat.dit.ptq.text_to_image import Drawing, Prompt, check_drawing, read_prompts
 from dit_qat.dit.ptq.trajectory import Trajectory
 from dit_qat.dit.sampling import SamplerConfig
 from dit_qat.export.registry import architecture_of
@@ -119,23 +119,38 @@ def prepare(job: PTQJob) -> Prepared:
         OSError: for files that are not there.
         ValueError: for a model, settings, patterns or a method that do not fit together.
     """
+    if job.calibration.prompts is not None:
+        job.calibration.read_prompts()  # files first: a pipeline takes minutes to load
+    drawn = [] if job.evaluation.prompts is None else read_prompts(job.evaluation.prompts)
     subject = open_subject(job.model, job.device, job.pipeline.dtype)
     sampler = replace(job.sampler, seed=job.seed)
     given = job.pipeline != PipelineCall()
     prompts = check_subject(subject, job.calibration, sampler, given)
     target = job.patterns.target(subject.model)
     architecture_of(subject.model)  # what cannot be packed is not worth the wait
-    drawn = [] if job.evaluation.prompts is None else read_prompts(job.evaluation.prompts)
     if subject.pipeline is not None:
+        _check_pipeline(job, subject)
         steps = [float(step) for step in range(job.pipeline.steps)]
         check_method(job.method, target, subject, steps, job.calibration.steps)
-        return Prepared(job, subject, target, prompts, drawn, None, None)
+        kept_steps(job.pipeline.steps, job.calibration.steps)
+        prepared = Prepared(job, subject, target, prompts, drawn, None, None)
+        if drawn:
+            check_drawing(subject.pipeline, drawn, prepared.drawing)
+        return prepared
     if drawn:
         raise ValueError(f"{subject.name} draws classes; --evaluation.prompts is for pipelines")
     timesteps = schedule(subject.dit, sampler)
     check_method(job.method, target, subject, timesteps, job.calibration.steps)
     trajectory = Trajectory(subject.dit, sampler, job.evaluation.images)
     return Prepared(job, subject, target, prompts, drawn, trajectory, _autoencoder(job, subject))
+
+
+def _check_pipeline(job: PTQJob, subject: Subject) -> None:
+    check_options(subject.pipeline, job.pipeline.options)
+    if job.vae is not None:
+        raise ValueError(
+            f"{subject.name} is a pipeline and decodes with its own autoencoder; leave --vae out"
+        )
 
 
 def _autoencoder(job: PTQJob, subject: Subject) -> Autoencoder | None:

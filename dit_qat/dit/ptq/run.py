@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ def quantize_post_training(
     seed: int = 0,
     state_folder: Path | None = None,
     limit_bytes: int | None = None,
+    moment_tokens: int | None = None,
     progress: bool = False,
 ) -> PTQResult:
     """Quantize a float model in place, block by block.
@@ -78,6 +79,8 @@ def quantize_post_training(
         seed: Of everything that the method draws.
         state_folder: Where finished blocks are kept, so that a killed run goes on; None: nowhere.
         limit_bytes: What calibration may take.
+        moment_tokens: Tokens of each recorded call that enter second moments, the same for all
+            layers of one input; None: all.
         progress: Whether to show bars.
 
     Raises:
@@ -90,15 +93,19 @@ def quantize_post_training(
     target = target_of(model) if target is None else target
     kept = None
     if state_folder is not None:
-        kept = ResumeState(state_folder, _run_fingerprint(model, method, store, target, seed))
+        settings = (seed, moment_tokens)
+        kept = ResumeState(state_folder, _run_fingerprint(model, method, store, target, settings))
     run = PTQRun(model, target, store, trajectory, seed, progress)
     method.start(run)
+    needs = method.needs
+    if moment_tokens is not None:
+        needs = replace(needs, moment_tokens=moment_tokens)
     plan = drive(
         model,
         store,
         target.find_blocks(),
         linears=target.linears(),
-        needs=method.needs,
+        needs=needs,
         quantize=_Quantizer(method, run, kept),
         prefix=method.prefix,
         state=kept,
@@ -125,7 +132,12 @@ class _Quantizer:
         self.method, self.run, self.kept = method, run, kept
 
     def __call__(self, view: BlockView) -> Mapping[str, nn.Module]:
-        modules = self.method.quantize_block(view)
+        try:
+            modules = self.method.quantize_block(view)
+        except ValueError as error:
+            if view.name in str(error):
+                raise
+            raise ValueError(f"block {view.name}: {error}") from error
         error = view.error(modules)
         for name, own in view.linear_errors(modules).items():
             tokens = view.statistics[name].tokens
@@ -136,12 +148,16 @@ class _Quantizer:
 
 
 def _run_fingerprint(
-    model: nn.Module, method: PTQMethod, store: CallStore, target: PTQTarget, seed: int
+    model: nn.Module,
+    method: PTQMethod,
+    store: CallStore,
+    target: PTQTarget,
+    settings: tuple[int, int | None],
 ) -> str:
     """Of all that decides what a finished block holds."""
     digest = hashlib.blake2b(fingerprint(model).encode(), digest_size=16)
     patterns = [*target.blocks, "|", *target.quantize, "|", *target.skip]
-    for part in (method.name, method.config, patterns, seed, store.steps_and_timesteps):
+    for part in (method.name, method.config, patterns, settings, store.steps_and_timesteps):
         digest.update(f"{part!r}\n".encode())
     for call in (store[0], store[len(store) - 1]):
         digest.update(tensors_digest([call.args, call.kwargs]).encode())

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +24,13 @@ __all__ = ["Dtype", "Subject", "open_subject"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-# What load_dit takes over: class-conditional, of ADM's schedule.
+# What load_dit takes over: class-conditional, of ADM's schedule. The older class name is also that
+# of the published PixArts, which diffusers turns into PixArtTransformer2DModel as it loads them.
 _OURS = ("DiTTransformer2DModel", "Transformer2DModel")
+_OLD = "Transformer2DModel"
+_OUR_PIPELINE = "DiTPipeline"
+_PACKAGES = ("transformers", "accelerate")
+_CURE = "pip install dit-qat[pipelines]"
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def open_subject(
         raise ValueError(f"dtype={dtype!r} is unknown; use one of {get_args(Dtype)}")
     path = Path(name)
     index = _pipeline_index(name)
-    if index is not None and _transformer_class(name, index) not in _OURS:
+    if index is not None and not _is_ours(_transformer_class(name, index), index):
         return _open_pipeline(name, device, getattr(torch, dtype))
     if dtype != "float32":
         raise ValueError(f"dtype={dtype} is for pipelines; {name} is a DiT, which runs in float32")
@@ -117,17 +123,26 @@ def _transformer_class(name: str, index: dict[str, Any]) -> str:
     )
 
 
+def _is_ours(kind: str, index: dict[str, Any]) -> bool:
+    return kind in _OURS and (kind != _OLD or index.get("_class_name") == _OUR_PIPELINE)
+
+
 def _open_pipeline(name: str, device: torch.device | str, dtype: torch.dtype) -> Subject:
     from diffusers import DiffusionPipeline  # seconds, which only this costs
 
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            name, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        with warnings.catch_warnings():
+            # Newer versions say ``dtype``, which the oldest that is supported does not know.
+            warnings.filterwarnings("ignore", "`torch_dtype`", FutureWarning)
+            pipeline = DiffusionPipeline.from_pretrained(
+                name, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
     except (AttributeError, ImportError, ValueError) as error:
-        needed = "" if find_spec("accelerate") else "; some need: pip install accelerate"
+        absent = [package for package in _PACKAGES if find_spec(package) is None]
+        needed = f"; not installed: {', '.join(absent)} ({_CURE})" if absent else ""
+        said = " ".join(str(error).split())
         raise ValueError(
-            f"{name}: diffusers cannot build this pipeline here ({error}){needed}"
+            f"{name}: diffusers cannot build this pipeline here ({said}){needed}"
         ) from error
     pipeline.to(device)
     return Subject(name, transformer_of(pipeline).eval(), pipeline)

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dit_qat.dit.evaluation.images import save_png
+from dit_qat.dit.ptq.latent_path import LatentPath
 from dit_qat.dit.ptq.similarity import PairScorer
 from dit_qat.dit.randomness import generator_for
 from dit_qat.export.files import written_whole
@@ -26,6 +27,7 @@ __all__ = [
     "Drawing",
     "Layout",
     "Prompt",
+    "check_drawing",
     "draw_prompt",
     "draw_prompts",
     "read_prompts",
@@ -132,7 +134,7 @@ def draw_prompts(
     Raises:
         ValueError: for a prompt that makes no file name in VBench's layout, or videos in GenEval's.
     """
-    _check_names(prompts, drawing)
+    check_drawing(pipeline, prompts, drawing)
     pairs = _Pairs(folder / "pairs.jsonl")
     todo = [(at, j) for at in range(len(prompts)) for j in range(drawing.per_prompt)]
     todo = [key for key in todo if key not in pairs.scores]
@@ -161,16 +163,22 @@ def using(pipeline: Any, transformer: nn.Module) -> Iterator[None]:
 
 
 def draw_prompt(
-    pipeline: Any, prompt: str | int, drawing: Drawing, at: int, sample: int = 0
+    pipeline: Any,
+    prompt: str | int,
+    drawing: Drawing,
+    at: int,
+    sample: int = 0,
+    path: LatentPath | None = None,
 ) -> Frames:
-    """Draw one sample of prompt number ``at``.
+    """Draw one sample of prompt number ``at``; ``path`` is told the latents on the way.
 
     Raises:
         ValueError: if the pipeline returns neither images nor videos, or values that are not
             finite.
     """
     generator = generator_for(drawing.seed, "prompt", at, "sample", sample)
-    options = {"num_inference_steps": drawing.steps, **drawing.options}
+    options = {**drawing.options, "num_inference_steps": drawing.steps}
+    options |= {} if path is None else path.options
     known = inspect.signature(pipeline.__call__).parameters
     argument = "prompt" if "prompt" in known else "class_labels"
     pipeline.set_progress_bar_config(disable=True)
@@ -262,10 +270,30 @@ def _write(
         partial.replace(folder / f"{name}.mp4")
 
 
-def _check_names(prompts: Sequence[Prompt], drawing: Drawing) -> None:
-    if drawing.layout != "vbench":
+def check_drawing(pipeline: Any, prompts: Sequence[Prompt], drawing: Drawing) -> None:
+    """Refuse prompts that a layout has no place for.
+
+    Raises:
+        ValueError: for a prompt that makes no file name of its own in VBench's layout, or videos
+            in GenEval's.
+    """
+    if drawing.layout == "geneval":
+        given = inspect.signature(pipeline.__call__).parameters.get("num_frames")
+        frames = drawing.options.get("num_frames", given.default if given else None)
+        if isinstance(frames, int) and frames > 1:
+            raise ValueError(
+                f"{type(pipeline).__name__} draws videos of {frames} frames, and GenEval scores "
+                'images; use layout="vbench"'
+            )
         return
+    seen: set[str] = set()
     for prompt in prompts:
+        if prompt.text in seen:
+            raise ValueError(
+                f"VBench names files by prompts, and {prompt.text[:60]!r} is there twice; remove "
+                "one (per_prompt asks for several samples of each)"
+            )
+        seen.add(prompt.text)
         size = len(f"{prompt.text}-{drawing.per_prompt}.mp4".encode())
         if "/" in prompt.text or "\0" in prompt.text or size > _LONGEST_NAME:
             raise ValueError(

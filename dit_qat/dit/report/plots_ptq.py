@@ -69,7 +69,8 @@ def step_error_plot(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]
     """Draw errors over the model's timesteps, noise on the left and images on the right.
 
     Args:
-        curves: Timesteps and errors by name.
+        curves: Timesteps, in the order of sampling, and errors by name. Most models count down to
+            the image; Z-Image counts up.
 
     Raises:
         ValueError: if there are none, or timesteps and errors differ in number.
@@ -83,8 +84,9 @@ def step_error_plot(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]
         shown = [error if error > 0 else np.nan for error in errors]
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(timesteps, shown, ".-", label=name, color=colour, markersize=5, linewidth=1.2)
-    axes.invert_xaxis()
-    axes.set_xlabel("timestep (noise left, image right)", fontsize=TEXT)
+    if not any(timesteps[-1] > timesteps[0] for timesteps, _ in curves.values()):
+        axes.invert_xaxis()
+    axes.set_xlabel("the model's timestep (noise left, image right)", fontsize=TEXT)
     _log_errors(axes, "relative squared error")
     axes.legend(frameon=False, fontsize=TEXT, loc="lower left", bbox_to_anchor=(0, 1))
     return as_png(figure)

@@ -52,3 +52,12 @@ def test_a_space_of_one_ends() -> None:
     found = evolve([(64,)] * 3, (64,) * 3, cost, legal, Evolution(), seed=0)
     assert found.genes == (64, 64, 64)
     assert found.evaluated == 1
+
+
+def test_a_candidate_that_diverges_is_never_the_fittest() -> None:
+    def fitness(genes: Genes) -> float:
+        return float("nan") if genes == (64,) * 6 or sum(genes) % 3 else cost(genes)
+
+    found = evolve(CHOICES, (64,) * 6, fitness, legal, Evolution(epochs=2), seed=0)
+    assert found.fitness == cost(found.genes)
+    assert found.history == sorted(found.history, reverse=True)

@@ -4,10 +4,12 @@ from typing import Any
 import pytest
 import torch
 
-from dit_qat.calibration import CallStore
+from dit_qat.calibration import Call, CallStore
 from dit_qat.dit.methods import (
+    CLQ,
     GPTQ,
     RTN,
+    AdaTSQ,
     DuQuant,
     PTQ4DiT,
     QDiT,
@@ -19,8 +21,8 @@ from dit_qat.dit.methods import (
 from dit_qat.dit.methods.evolution import Evolution
 from dit_qat.dit.methods.mixed_precision import MixedPrecision
 from dit_qat.dit.methods.reconstruction import Reconstruction
-from dit_qat.dit.methods.rounding import ClipSearch
-from dit_qat.dit.ptq import PTQMethod, quantize_post_training
+from dit_qat.dit.methods.rounding import ClipSearch, GPTQSettings
+from dit_qat.dit.ptq import PTQMethod, quantize_post_training, target_of
 from dit_qat.layers import IntLinear
 
 SHORT = Evolution(epochs=1, population=4, crossover=2, mutation=2)
@@ -68,6 +70,20 @@ def test_quantizes_a_dit_end_to_end_and_better_at_8_bits_than_at_4(
     assert errors[4] < 1
 
 
+@pytest.mark.parametrize("name", [*METHODS, "clq", "adatsq"])
+def test_a_model_in_bfloat16_is_quantized_in_it(name: str, toy: tuple[Any, CallStore]) -> None:
+    model, store = toy[0].bfloat16(), CallStore()
+    for call in toy[1]:
+        x, t = call.args
+        store.append(Call((x.bfloat16(), t), {}, call.step, call.timestep, call.rows))
+    made = {"clq": CLQ(values=3, tokens=64), "adatsq": AdaTSQ(mode="teacher_forced")}
+    method = made[name] if name in made else METHODS[name](weight_bits=8, activation_bits=8)
+    target = target_of(model, blocks=["blocks.*"], quantize=["blocks.*"], timestep_argument="t")
+    result = quantize_post_training(model, method, store, target=target)
+    assert len(result.table) == 12
+    assert max(row.error for row in result.table) < (0.2 if name in made else 0.005)
+
+
 def test_a_second_run_of_the_same_method_gives_the_same_bytes(
     calibrated: tuple[Any, CallStore], output_of: Callable[..., torch.Tensor]
 ) -> None:
@@ -108,6 +124,13 @@ def test_activations_may_stay_float(
         (lambda: Evolution(population=0), "population"),
         (lambda: QDiT(sizes=(0, 32)), "group_size=0"),
         (lambda: DuQuant(tokens=0), "tokens=0"),
+        (lambda: GPTQSettings(damping=-1.0), "damping=-1.0"),
+        (lambda: GPTQSettings(block_size=0), "block_size=0"),
+        (lambda: SVDQuant(probe_calls=0), "probe_calls=0"),
+        (lambda: PTQ4DiT(probe_calls=0), "probe_calls=0"),
+        (lambda: MixedPrecision(weight_budget=5, weight_choices=(4, 6, 8)), "bits=6"),
+        (lambda: MixedPrecision(activation_budget=9, activation_choices=(4, 9)), "bits=9"),
+        (lambda: MixedPrecision(weight_budget=5, weight_choices=()), "weight_choices are empty"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_once(

@@ -48,3 +48,16 @@ def test_the_float_block_is_left_as_it_was(view_of: Callable[..., BlockView]) ->
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(parameter.grad is None for parameter in view.block.parameters())
     assert view.error(found) <= view.error(layers)
+
+
+def test_a_16_bit_block_is_reconstructed() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 8).bfloat16()
+    layer = rounded(linear, IntegerGrid(4))
+    learned = LearnedRounding(layer, linear.weight.detach().float())
+    x = torch.randn(3, 32, dtype=torch.bfloat16)
+    found = learned(x)
+    assert found.dtype == torch.bfloat16
+    found.float().square().sum().backward()
+    assert learned.V.grad is not None
+    assert bool((learned.V.grad != 0).any())

@@ -12,6 +12,7 @@ from dit_qat.dit.methods.svdquant import (
     iterate_branch,
     leading_factors,
     smoothing_grid,
+    stacked_layers,
 )
 from dit_qat.primitives.integer import IntegerGrid
 
@@ -136,3 +137,25 @@ def test_the_branch_helps_and_gptq_on_the_residual_helps_more(
         view = view_of(method.needs)
         errors.append(view.error(method.quantize_block(view)))
     assert errors[0] > errors[1] > errors[2] > 0
+
+
+def test_the_mlp_beside_an_attention_has_its_own_branch(
+    view_of: Callable[..., BlockView], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = view_of(Needs())
+    assert QKV in stacked_layers(view)
+    parallel = (*QKV, "blocks.0.ff.0")  # all read one tensor, as in FLUX's single blocks
+    monkeypatch.setattr(view, "shared_inputs", [parallel])
+    groups = stacked_layers(view)
+    assert QKV in groups
+    assert ("blocks.0.ff.0",) in groups
+    assert sorted(name for group in groups for name in group) == sorted(view.linears)
+
+
+def test_factors_beyond_16_bits_are_balanced_between_each_other() -> None:
+    W = 5000 * torch.randn(48, 1, generator=torch.Generator().manual_seed(0)) * torch.ones(1, 64)
+    found = branch_and_round(W, W, 2, IntegerGrid(4, group_size=16), "float16")
+    assert found.up is not None
+    assert found.down is not None
+    assert bool(found.up.isfinite().all())
+    assert float(found.residual.abs().max()) < 1e-2 * float(W.abs().max())

@@ -11,6 +11,7 @@ from torch import nn
 
 from dit_qat.dit.models.packed_diffusers import parameters_on_meta
 from dit_qat.export.registry import architecture_named, architecture_of, timestep_argument
+from dit_qat.export.skeleton import build_skeleton
 
 SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -85,6 +86,21 @@ def test_the_timestep_is_found_by_its_name() -> None:
 def test_other_classes_and_settings_are_refused(name: Any, config: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(name, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "error"),
+    [
+        ("WanTransformer3DModel", {"attention_head_dim": 3}, "AssertionError"),
+        ("DiTTransformer2DModel", {"activation_fn": "other"}, "UnboundLocalError"),
+    ],
+)
+def test_what_a_constructor_stumbles_over_is_a_damaged_folder(
+    name: str, config: Any, error: str
+) -> None:
+    arguments = {"class": name, "config": config}
+    with pytest.raises(ValueError, match=rf"build no 'diffusers' \({error}: .*damaged"):
+        build_skeleton("diffusers", arguments, {}, {})
 
 
 def test_other_arguments_are_refused() -> None:

@@ -1,6 +1,8 @@
 """Whole pipelines of diffusers from small random parts; they need the package transformers."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from diffusers import (
 )
 from torch import nn
 
-from dit_qat.dit.ptq import PTQMethod, calibrate_pipeline, quantize_post_training
+from dit_qat.dit.ptq import PTQMethod, calibrate_pipeline, quantize_post_training, target_of
+from dit_qat.dit.ptq.latent_path import LatentPath
+from dit_qat.dit.ptq.subject import open_subject
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -171,15 +175,23 @@ def test_a_pipeline_is_recorded_quantized_and_draws_nearly_the_same(
         [0] * CALLS_PER_STEP[name] + [3] * CALLS_PER_STEP[name]
     )
 
+    argument = target_of(pipeline.transformer).timestep_argument
+
     def latents() -> torch.Tensor:
-        drawn = pipeline(
-            prompt=PROMPTS[0],
-            num_inference_steps=2,
-            generator=torch.Generator().manual_seed(1),
-            output_type="latent",
-            return_dict=False,
-            **options,
-        )[0]
+        path = LatentPath(pipeline, argument)
+        with path.listening(pipeline.transformer):
+            drawn = pipeline(
+                prompt=PROMPTS[0],
+                num_inference_steps=2,
+                generator=torch.Generator().manual_seed(1),
+                output_type="latent",
+                return_dict=False,
+                **options,
+                **path.options,
+            )[0]
+        assert len(path.latents) == len(set(path.timesteps)) == 2
+        assert path.timesteps[0] == pytest.approx(store[0].timestep)
+        assert torch.equal(path.latents[-1].flatten(), drawn.flatten())
         return drawn.float()
 
     exact = latents()
@@ -187,3 +199,36 @@ def test_a_pipeline_is_recorded_quantized_and_draws_nearly_the_same(
     assert pipeline.transformer is result.model
     error = (latents() - exact).square().sum() / exact.square().sum()
     assert 0 < error < 0.05
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_saved_video_pipeline_is_opened(
+    make_transformer: MakeTransformer, make_vae: MakeVae, tmp_path: Path
+) -> None:
+    """Wan insists on the package accelerate."""
+    pytest.importorskip("accelerate")
+    pipeline, _ = _wan(make_transformer, make_vae)
+    pipeline.save_pretrained(tmp_path)
+    opened = open_subject(str(tmp_path))
+    weights = pipeline.transformer.state_dict()
+    found = opened.model.state_dict()
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_published_pixart_is_opened_though_it_names_an_older_class(
+    make_transformer: MakeTransformer, make_vae: MakeVae, tmp_path: Path
+) -> None:
+    """Its folders say Transformer2DModel, as those of the class-conditional DiTs do."""
+    pipeline, _ = _pixart(make_transformer, make_vae)
+    pipeline.save_pretrained(tmp_path)
+    for name, key, value in (
+        ("model_index.json", "transformer", ["diffusers", "Transformer2DModel"]),
+        ("transformer/config.json", "_class_name", "Transformer2DModel"),
+    ):
+        path = tmp_path / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    subject = open_subject(str(tmp_path))
+    assert type(subject.model).__name__ == "PixArtTransformer2DModel"
+    assert subject.pipeline is not None

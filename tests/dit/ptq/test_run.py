@@ -174,11 +174,17 @@ def test_errors_come_before_the_run_and_name_the_layer(
                 raise ValueError("in_features=256 is too wide")
             return super().quantize_linear(name, linear, statistics)
 
+    class Whole(type(make_round())):
+        def quantize_block(self, view: BlockView) -> Mapping[str, IntLinear]:
+            raise ValueError("nothing to divide by")
+
     store = calibrate_dit(make_dit(), SAMPLER, images=4)
     with pytest.raises(ValueError, match="recorded from another DiT"):
         quantize_post_training(make_dit(seed=1), Early(4), store)
     with pytest.raises(ValueError, match=r"layer blocks\.0\.mlp\.fc2: in_features=256 is too"):
         quantize_post_training(make_dit(), Narrow(4), store)
+    with pytest.raises(ValueError, match=r"^block blocks\.0: nothing to divide by"):
+        quantize_post_training(make_dit(), Whole(4), store)
     with pytest.raises(ValueError, match="above the limit of 1 kB"):
         quantize_post_training(make_dit(), make_round(4), store, limit_bytes=1000)
 
@@ -203,3 +209,24 @@ def test_step_weights_of_a_method_reach_the_statistics(
     for matrix, rows in found.values():
         parts = zip(weights, rows.split(16), strict=True)
         torch.testing.assert_close(matrix, sum(w * x.T @ x / 16 for w, x in parts))
+
+
+@pytest.mark.filterwarnings("ignore:1 layers see fewer tokens")
+def test_second_moments_take_as_many_tokens_of_a_call_as_are_asked_for(
+    make_dit: MakeDiT, make_round: MakeRound
+) -> None:
+    found = {}
+
+    class Moments(type(make_round())):
+        @property
+        def needs(self) -> Needs:
+            return Needs(second_moment=True)
+
+        def quantize_linear(self, name: str, linear: nn.Linear, statistics: Any) -> IntLinear:
+            found[name] = statistics.second_moment.tokens
+            return super().quantize_linear(name, linear, statistics)
+
+    store = calibrate_dit(make_dit(depth=1), SAMPLER, images=4)
+    for limit, tokens in ((None, 16), (5, 5)):
+        quantize_post_training(make_dit(depth=1), Moments(4), store, moment_tokens=limit)
+        assert set(found.values()) == {tokens * len(store)}

@@ -19,6 +19,7 @@ from dit_qat.dit.methods import RTN
 from dit_qat.dit.methods.adatsq import AdaTSQ
 from dit_qat.dit.ptq.execute import run_job
 from dit_qat.dit.ptq.job import PTQJob, prepare
+from dit_qat.dit.ptq.latent_path import LatentPath, PathSums
 from dit_qat.dit.ptq.settings import Calibration, Evaluation, PipelineCall
 from dit_qat.dit.ptq.similarity import PairScorer
 from dit_qat.dit.ptq.subject import Subject
@@ -57,6 +58,7 @@ class Tiny(DiffusionPipeline):
         generator: list[torch.Generator] | None = None,
         output_type: str = "np",
         num_frames: int | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     ) -> Any:
         assert generator is not None
         assert output_type in ("np", "latent")
@@ -73,6 +75,8 @@ class Tiny(DiffusionPipeline):
                 added_cond_kwargs=condition,
             ).sample[:, :4]
             x = self.scheduler.step(output, t, x).prev_sample
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, 0, t, {"latents": x})
         images = x[:, :3].repeat_interleave(2, -1).repeat_interleave(2, -2).permute(0, 2, 3, 1)
         pixels = (images / 4 + 0.5).numpy()
         if num_frames is None:
@@ -193,7 +197,7 @@ def test_images_in_vbenchs_layout_are_pngs(pipeline: Tiny, tmp_path: Path) -> No
 
 def test_geneval_takes_no_videos(pipeline: Tiny, tmp_path: Path) -> None:
     drawing = Drawing(steps=1, options={"num_frames": 3})
-    with pytest.raises(ValueError, match="a video of 3 frames"):
+    with pytest.raises(ValueError, match="videos of 3 frames"):
         draw_prompts(pipeline, {"float": pipeline.transformer}, PROMPTS, drawing, tmp_path)
 
 
@@ -275,6 +279,10 @@ def test_a_whole_run_of_a_pipeline(
     assert said[0] == "calibrating on 2 prompts at 2 of 3 steps"
     assert 0 < metrics["output_error"] < 1
     assert metrics["timesteps"] == [666.0, 0.0]
+    assert metrics["trajectory_timesteps"] == [666.0, 333.0, 0.0]
+    by_step = metrics["trajectory_error_by_step"]
+    assert 0 < metrics["trajectory_error"] < 1
+    assert metrics["trajectory_error"] == pytest.approx(sum(by_step) / 3)
     assert (metrics["prompts"]["layout"], metrics["prompts"]["samples"]) == ("geneval", 2)
     assert metrics["similarity"]["psnr"] > 20
     assert (metrics["weight_bits"], metrics["activation_bits"]) == (4, 8)
@@ -297,6 +305,10 @@ def test_a_whole_run_of_a_pipeline(
         ({"sampler": SamplerConfig(steps=3)}, "has its own scheduler"),
         ({"calibration": Calibration(classes=[1], prompts=["a"])}, "no classes"),
         ({"method": AdaTSQ()}, 'use mode="teacher_forced"'),
+        ({"pipeline": PipelineCall(guidance=3.0)}, "Tiny takes no 'guidance_scale'"),
+        ({"pipeline": PipelineCall(more={"output_type": "pil"})}, "'output_type': this command"),
+        ({"vae": "somewhere"}, "leave --vae out"),
+        ({"calibration": Calibration(prompts=["a"], steps=51)}, "the sampler makes 50"),
         (
             {
                 "method": AdaTSQ(mode="teacher_forced"),
@@ -315,3 +327,87 @@ def test_a_run_that_cannot_work_is_refused_before_anything_is_drawn(
     with pytest.raises(ValueError, match=message):
         prepare(replace(job, **changes))
     assert pipeline.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "evaluation", "frames", "message"),
+    [
+        ("a red/cat", {"layout": "vbench"}, None, "has a slash"),
+        ("a" * 300, {"layout": "vbench"}, None, "bytes"),
+        ("a cat\na dog\na cat", {}, None, "'a cat' is there twice"),
+        ("a cat", {"layout": "geneval"}, 5, "draws videos of 5 frames"),
+    ],
+)
+def test_prompts_that_a_layout_has_no_place_for_are_refused_before_anything_is_drawn(
+    pipeline: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lines: str,
+    evaluation: dict[str, Any],
+    frames: int | None,
+    message: str,
+) -> None:
+    subject = Subject("tiny", pipeline.transformer, pipeline)
+    monkeypatch.setattr("dit_qat.dit.ptq.job.open_subject", lambda *_: subject)
+    (tmp_path / "prompts.txt").write_text(lines)
+    job = PTQJob(
+        "tiny",
+        RTN(),
+        calibration=Calibration(prompts=["a"]),
+        pipeline=PipelineCall(frames=frames),
+        evaluation=Evaluation(prompts=tmp_path / "prompts.txt", **evaluation),
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(job)
+    assert pipeline.calls == 0
+
+
+def test_files_of_prompts_are_read_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dit_qat.dit.ptq.job.open_subject", pytest.fail)
+    absent = tmp_path / "absent.txt"
+    job = PTQJob("tiny", RTN(), calibration=Calibration(prompts=absent))
+    with pytest.raises(FileNotFoundError, match="no file of prompts"):
+        prepare(job)
+    with pytest.raises(FileNotFoundError, match="no file of prompts"):
+        prepare(replace(job, calibration=Calibration(), evaluation=Evaluation(prompts=absent)))
+
+
+def test_a_pipeline_of_two_transformers_is_refused(
+    pipeline: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.transformer_2 = pipeline.transformer
+    subject = Subject("tiny", pipeline.transformer, pipeline)
+    monkeypatch.setattr("dit_qat.dit.ptq.job.open_subject", lambda *_: subject)
+    with pytest.raises(ValueError, match="has two transformers"):
+        prepare(PTQJob("tiny", RTN(), calibration=Calibration(prompts=["a"])))
+
+
+def test_errors_of_the_path_are_those_of_its_latents(pipeline: Tiny, other: nn.Module) -> None:
+    sums, drawn = PathSums(), []
+    for at in range(2):
+        paths = []
+        for model in (pipeline.transformer, other):
+            path = LatentPath(pipeline, "timestep")
+            with using(pipeline, model), path.listening(model):
+                draw_prompt(pipeline, "a red cat", DRAWING, at, path=path)
+            paths.append(path)
+        sums.add(*paths)
+        drawn.append([torch.stack(path.latents) for path in paths])
+    found = sums.errors()
+    assert found is not None
+    assert [*found.timesteps] == [500.0, 0.0]
+    float_x, other_x = (torch.stack(points, 1).double() for points in zip(*drawn, strict=True))
+    for step in range(2):
+        want = (other_x - float_x)[step].square().sum() / float_x[step].square().sum()
+        assert found.by_step[step] == pytest.approx(float(want))
+    assert found.reference.shape == (2, 4, 8, 8)
+
+
+def test_a_pipeline_that_shows_no_latents_has_no_path() -> None:
+    path = LatentPath(SimpleNamespace(__call__=lambda prompt: None), "timestep")
+    assert path.options == {}
+    sums = PathSums()
+    sums.add(path, path)
+    assert sums.errors() is None

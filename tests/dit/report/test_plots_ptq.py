@@ -56,6 +56,16 @@ def test_errors_by_timestep_may_be_zero_and_in_any_unit() -> None:
     assert has_colour(png, COLOURS[1])
 
 
+def test_noise_is_on_the_left_whichever_way_a_model_counts() -> None:
+    """Z-Image's timesteps rise from noise to image; with low error first, its curve rises too."""
+    wanted = [int(COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)]
+    for timesteps in ([1.0, 0.5, 0.0], [0.0, 0.5, 1.0]):
+        drawn = pixels(step_error_plot({"a": (timesteps, [1e-4, 1e-2, 1.0])})).astype(int)
+        rows, columns = np.nonzero(np.abs(drawn - wanted).sum(-1) < 6)
+        low = rows > np.percentile(rows, 90)  # below the legend, near the smallest error
+        assert columns[low].mean() < np.median(columns)
+
+
 def test_curves_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="2 timesteps, 1 errors"):
         step_error_plot({"a": ([1.0, 0.0], [0.1])})

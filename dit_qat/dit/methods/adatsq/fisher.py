@@ -8,20 +8,29 @@ silent). Sums over the entries of a weight, means over samples.
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dit_qat.calibration.calls import Call, CallStore
 from dit_qat.calibration.capture import evaluating
 from dit_qat.calibration.trees import map_tensors, tensors_of
 from dit_qat.dit.randomness import generator_for
 
-__all__ = ["StepScores", "narrowed", "noise_channels", "temporal_fisher", "temporal_weights"]
+__all__ = [
+    "StepScores",
+    "first_rows",
+    "narrowed",
+    "noise_channels",
+    "temporal_fisher",
+    "temporal_weights",
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -61,15 +70,18 @@ def temporal_fisher(
     *,
     rows: int = 16,
     seed: int = 0,
+    blocks: Sequence[nn.Module] = (),
 ) -> StepScores:
     """Measure ``I[t, l] = E ||dL / dW_l||^2`` on the float model.
 
     Args:
         model: Float.
         store: Its recorded calls.
-        layers: By full name.
-        rows: Samples taken from each call.
+        layers: By full name; one that the output does not depend on scores 0.
+        rows: Samples taken from each step.
         seed: Of the eps.
+        blocks: Modules that are run again on the way back, so that only their inputs are held;
+            one after the other, none within another.
 
     Raises:
         ValueError: for a gradient that is not finite, naming layer and timestep.
@@ -77,11 +89,10 @@ def temporal_fisher(
     steps = sorted(set(store.steps))
     sums = torch.zeros(len(steps), len(layers), dtype=torch.float64)
     counts = torch.zeros(len(steps), 1, dtype=torch.float64)
-    with evaluating(model):
-        for index, call in enumerate(store):
-            part = narrowed(call, rows)
+    with evaluating(model), _run_again(blocks):
+        for index, call in first_rows(store, rows):
             generator = generator_for(seed, "fisher", index)
-            found = _squared_gradients(model, part, layers, generator)
+            found = _squared_gradients(model, call, layers, generator)
             if not bool(found.isfinite().all()):
                 name = [*layers][int((~found.isfinite()).nonzero()[0])]
                 raise ValueError(
@@ -89,7 +100,7 @@ def temporal_fisher(
                     "finite; the weights are damaged, or the dtype overflows (try float32)"
                 )
             sums[steps.index(call.step)] += found
-            counts[steps.index(call.step)] += part.rows
+            counts[steps.index(call.step)] += call.rows
     timesteps = tuple(store.timesteps[step] for step in steps)
     return StepScores(tuple(steps), timesteps, tuple(layers), sums / counts)
 
@@ -123,21 +134,45 @@ def temporal_weights(scores: Tensor, tau: float = 1.0, ratio: float = 10.0) -> T
 
 
 def noise_channels(output: Any, inputs: Any) -> Tensor:
-    """What a model predicts of the noise; channels beyond those of its input are a variance."""
-    f, x = tensors_of(output)[0], tensors_of(inputs)[0]
-    return f[:, : x.shape[1]] if f.ndim == x.ndim and x.ndim > 2 else f
+    """What a model predicts of the noise (values,); channels beyond its input's are a variance.
+
+    Args:
+        output: Of the model: tensors in any containers.
+        inputs: Of the same call; the one of the output's height and width has the channels.
+    """
+    known, found = tensors_of(inputs), []
+    for f in (tensor for tensor in tensors_of(output) if tensor.is_floating_point()):
+        alike = (x for x in known if x.ndim == f.ndim > 3 and x.shape[2:] == f.shape[2:])
+        x = next(alike, f)
+        found.append(f[:, : x.shape[1]].flatten())
+    return torch.cat(found)
+
+
+def first_rows(store: CallStore, rows: int) -> Iterator[tuple[int, Call]]:
+    """Calls by index, the last of a step cut so that each step has at most ``rows`` rows."""
+    left = dict.fromkeys(store.steps, rows)
+    for index, step in enumerate(store.steps):
+        if left[step] > 0:
+            call = narrowed(store[index], left[step])
+            left[step] -= call.rows
+            yield index, call
 
 
 def narrowed(call: Call, rows: int) -> Call:
-    """The first rows of a call."""
+    """The first rows of a call; a list of one tensor per row is cut as a list."""
     if call.rows <= rows:
         return call
 
-    def cut(tensor: Tensor) -> Tensor:
-        return tensor[:rows] if tensor.ndim and len(tensor) == call.rows else tensor
+    def cut(tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return tree[:rows] if tree.ndim and len(tree) == call.rows else tree
+        if isinstance(tree, dict):
+            return {key: cut(value) for key, value in tree.items()}
+        if isinstance(tree, list) and len(tree) == call.rows:
+            return tree[:rows]
+        return type(tree)(map(cut, tree)) if type(tree) in (list, tuple) else tree
 
-    args, kwargs = map_tensors(cut, (call.args, call.kwargs))
-    return Call(args, kwargs, call.step, call.timestep, rows)
+    return Call(cut(call.args), cut(call.kwargs), call.step, call.timestep, rows)
 
 
 def _squared_gradients(
@@ -146,38 +181,70 @@ def _squared_gradients(
     """Squared norms of the gradients of all layers (L,), summed over samples."""
     device = next(model.parameters()).device
     inputs = map_tensors(lambda tensor: tensor.to(device), (call.args, call.kwargs))
-    with torch.enable_grad(), _recorded(layers) as (seen, probes):
+    found = dict.fromkeys(layers, 0.0)
+    anchor = torch.zeros((), device=device, requires_grad=True)
+
+    def keep(name: str, gradient: Tensor, x: Tensor) -> None:
+        found[name] += float(_squared_norm(gradient, x, call.rows))
+
+    with torch.enable_grad(), _tapped(layers, anchor, keep):
         f = noise_channels(model(*inputs[0], **inputs[1]), inputs)
         noise = torch.randn(f.shape, generator=generator).to(f)
-        names = [*probes]
-        gradients = torch.autograd.grad((f * noise).sum(), [probes[name] for name in names])
-    found = {
-        name: float(_squared_norm(gradient, seen[name], call.rows))
-        for name, gradient in zip(names, gradients, strict=True)
-    }
+        # Of the anchor alone: no gradient of a weight is formed.
+        torch.autograd.grad((f * noise).sum(), anchor)
     return torch.tensor([found[name] for name in layers], dtype=torch.float64)
 
 
-@contextmanager
-def _recorded(
-    layers: Mapping[str, nn.Linear],
-) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Keep the inputs of layers, and add zeros to their outputs whose gradient can be asked for."""
-    seen: dict[str, Tensor] = {}
-    probes: dict[str, Tensor] = {}
+class _Tap(torch.autograd.Function):
+    """Hands on the output of a linear, and tells the gradient that comes back, with the input."""
 
-    def hook(name: str, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        seen[name] = args[0].detach()
-        probes[name] = torch.zeros_like(output, requires_grad=True)
-        return output + probes[name]
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, keep: Callable[[Tensor, Tensor], None]
+    ) -> Tensor:
+        ctx.save_for_backward(x, anchor)
+        ctx.keep = keep
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        x, anchor = ctx.saved_tensors
+        ctx.keep(gradient, x)
+        return gradient, None, torch.zeros_like(anchor), None
+
+
+@contextmanager
+def _tapped(
+    layers: Mapping[str, nn.Linear], anchor: Tensor, keep: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Tell ``keep`` the gradient and the input of each layer; all depend on the anchor ()."""
+
+    def hook(name: str, _: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        (x,) = tensors_of((args, kwargs))
+        tapped: Tensor = _Tap.apply(output, x.detach(), anchor, partial(keep, name))
+        return tapped
 
     with ExitStack() as stack:
         for name, layer in layers.items():
-            handle = layer.register_forward_hook(
-                lambda _, args, output, name=name: hook(name, args, output)
-            )
+            handle = layer.register_forward_hook(partial(hook, name), with_kwargs=True)
             stack.callback(handle.remove)
-        yield seen, probes
+        yield
+
+
+@contextmanager
+def _run_again(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Hold only the inputs of blocks on the way there, and run each again on the way back."""
+    former = [(block, block.__dict__.get("forward")) for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        yield
+    finally:
+        for block, own in former:
+            if own is None:
+                del block.forward
+            else:
+                block.forward = own
 
 
 def _squared_norm(gradient: Tensor, x: Tensor, rows: int) -> Tensor:

@@ -31,6 +31,7 @@ from dit_qat.dit.methods.adatsq.search import (
     search_path,
 )
 from dit_qat.dit.methods.adatsq.weights import WeightSettings, solve_block
+from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.models.dit import DiT
 from dit_qat.dit.ptq.method import PTQMethod, PTQRun
 from dit_qat.dit.ptq.trajectory import Trajectory, trajectory_error
@@ -56,14 +57,14 @@ class AdaTSQConfig:
             otherwise all steps alike.
         tau: Temperature of the softmax, of scores over their mean.
         ratio_cap: Largest quotient of two steps' weights.
-        fisher_rows: Samples of each recorded call for the Fisher information.
+        fisher_rows: Samples of each step for the Fisher information.
         mode: ``path``, or ``teacher_forced``, which needs no trajectory and is solved exactly.
         beam: Paths kept after a step.
         keep: Which: nearest to the ``origin`` of bits and error, as in the paper, or a ``spread``
             over the bits that they take.
         fractions: Shares of layers with the highest and the middle bits, one pair per candidate;
             None: at most five that suit the budget.
-        search_images: Images (or rows of recorded calls) that guide the search.
+        search_images: Images (or rows of recorded calls at each step) that guide the search.
         final_images: Images that the policies which are left are compared on.
 
     Raises:
@@ -91,6 +92,11 @@ class AdaTSQConfig:
         if len(bits) != 3 or sorted(set(bits)) != list(bits) or not 2 <= bits[0] <= bits[2] <= 8:
             raise ValueError(f"activation_bits={bits} must be three rising numbers from 2 to 8")
         capacity(self.average_bits, bits, 1, 1)
+        if self.average_bits > bits[2]:
+            raise ValueError(
+                f"average_bits={self.average_bits} is above the highest choice of {bits}; lower it, "
+                "or raise activation_bits"
+            )
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode={self.mode!r} is unknown; use one of {get_args(Mode)}")
         for name in ("fisher_rows", "beam", "search_images", "final_images"):
@@ -136,11 +142,10 @@ class AdaTSQ(PTQMethod):
         quality: Callable[[nn.Module], float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if config is not None and kwargs:
-            raise ValueError(f"give AdaTSQ either a config or fields of it, not both: {kwargs}")
+        refuse_both("AdaTSQ", config, kwargs)
         self.config = AdaTSQConfig(**kwargs) if config is None else config
         self.quality = quality
-        self._seed = 0
+        self._seed, self._widest = 0, 0
         self._scores: StepScores | None = None
         self._step_weights: dict[str, Tensor] = {}
 
@@ -148,7 +153,7 @@ class AdaTSQ(PTQMethod):
     def needs(self) -> Needs:
         """Second moments, and channel maxima for the smoothing."""
         weights = self._weights
-        tokens = weights.tokens if weights.counts_rounding else 0
+        tokens = weights.rows(self._widest)
         return Needs(second_moment=True, tokens=tokens, probe_calls=weights.probe_calls)
 
     def start(self, run: PTQRun) -> None:
@@ -162,14 +167,16 @@ class AdaTSQ(PTQMethod):
                 'mode="path" follows a sampler of our DiT, and there is none; use '
                 'mode="teacher_forced", which needs recorded calls only'
             )
-        layers = {
-            name: layer
-            for name, layer in run.reference.named_modules()
-            if name in run.target.linears() and isinstance(layer, nn.Linear)
-        }
+        layers = run.target.linears()
         self._seed = run.seed
+        self._widest = max(layer.in_features for layer in layers.values())
         scores = temporal_fisher(
-            run.reference, run.store, layers, rows=self.config.fisher_rows, seed=run.seed
+            run.model,
+            run.store,
+            layers,
+            rows=self.config.fisher_rows,
+            seed=run.seed,
+            blocks=[block for _, block in run.target.find_blocks()],
         )
         self._scores = scores
         tau = self.config.tau if self.config.fisher_weighting else float("inf")

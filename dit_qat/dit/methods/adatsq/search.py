@@ -11,7 +11,7 @@ from dit_qat.allocation.beam import BeamPath, Keep, beam_search, solve_additive
 from dit_qat.calibration.calls import Call, CallStore
 from dit_qat.calibration.capture import evaluating
 from dit_qat.calibration.trees import map_tensors
-from dit_qat.dit.methods.adatsq.fisher import narrowed, noise_channels
+from dit_qat.dit.methods.adatsq.fisher import first_rows, noise_channels
 from dit_qat.dit.models.dit import DiT
 from dit_qat.dit.ptq.trajectory import Trajectory
 from dit_qat.layers.int_linear import IntLinear
@@ -131,14 +131,14 @@ def additive_table(
         switch: Of the model's layers.
         store: Recorded calls; their steps in rising order are those of ``offered``.
         offered: Candidates of each step.
-        rows: Taken from each call.
+        rows: Taken from each step.
         on_step: Told of every call of the quantized model.
     """
     steps = sorted(set(store.steps))
     errors = [[0.0] * len(row) for row in offered]
     powers = [0.0] * len(steps)
     with switch.restoring(), evaluating(model), evaluating(reference):
-        for call in (narrowed(call, rows) for call in store):
+        for _, call in first_rows(store, rows):
             at, exact = steps.index(call.step), _noise(reference, call)
             powers[at] += float(exact.square().sum())
             for choice, bits in enumerate(offered[at]):

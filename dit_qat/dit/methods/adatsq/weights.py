@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from dit_qat.calibration.view import BlockView
-from dit_qat.dit.methods.adatsq.solver import Moments, input_moments, weighted_factors
+from dit_qat.dit.methods.adatsq.solver import (
+    Moments,
+    input_moments,
+    rows_wanted,
+    weighted_factors,
+)
 from dit_qat.dit.methods.rotation import rotation_of
 from dit_qat.dit.methods.rounding import (
     ClipSearch,
@@ -22,12 +27,12 @@ from dit_qat.dit.methods.rounding import (
     legal_group,
     round_gptq,
 )
-from dit_qat.dit.methods.smoothing import shared_inputs
 from dit_qat.dit.methods.svdquant import (
     Branched,
     SharedLayers,
     SVDQuantConfig,
     iterate_branch,
+    stacked_layers,
 )
 from dit_qat.dit.randomness import derive_seed
 from dit_qat.layers.input_transform import InputTransform, Rotate
@@ -38,6 +43,7 @@ from dit_qat.primitives.integer import IntegerGrid, Scales
 __all__ = ["Base", "WeightSettings", "solve_block"]
 
 _COARSE_BITS = 3
+_LEAST_ROWS = 4096
 
 Base = Literal["plain", "hadamard", "svd"]
 
@@ -60,7 +66,8 @@ class WeightSettings:
             takes out is less than the bias that it brings in.
         refits: Most turns of refitting branch and codes to each other under the weighted error.
         clip: Search of the weights' range; None: the full one.
-        tokens: Rows of each input that the rounding of activations is estimated on.
+        tokens: Rows of each input that the rounding of activations is estimated on; None: four
+            for every input of the widest layer, at least 4,096.
         probe_calls: Calls on which candidates for the smoothing are compared.
 
     Raises:
@@ -80,7 +87,7 @@ class WeightSettings:
     clip: ClipSearch | None = field(
         default_factory=lambda: ClipSearch(values=20, least=0.6, exponent=2.0)
     )
-    tokens: int = 4096
+    tokens: int | None = None
     probe_calls: int = 4
 
     def __post_init__(self) -> None:
@@ -88,7 +95,15 @@ class WeightSettings:
             raise ValueError(f"base={self.base!r} is unknown; use one of {get_args(Base)}")
         if self.refits < 0:
             raise ValueError(f"refits={self.refits} is below 0; 0 is for none")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"tokens={self.tokens} is below 1; None is usual")
         _ = self.svdquant  # refuses bad settings now
+
+    def rows(self, widest: int) -> int:
+        """Rows of each input to keep, where the widest layer has ``widest`` inputs."""
+        if not self.counts_rounding:
+            return 0
+        return max(_LEAST_ROWS, rows_wanted(widest)) if self.tokens is None else self.tokens
 
     @property
     def counts_rounding(self) -> bool:
@@ -134,7 +149,7 @@ def solve_block(
         for name in view.linears:
             layers[name] = _rotated(view, name, settings, seed, weights.get(name))
         return layers
-    for names in shared_inputs(view):
+    for names in stacked_layers(view):
         shared = SharedLayers(view, names, settings.svdquant)
         layers |= _Branched(shared, settings, weights).layers()
     return layers

@@ -9,6 +9,7 @@ from dit_qat.calibration import Call, CallStore, Needs
 from dit_qat.calibration.statistics import LinearStatistics, step_scales
 from dit_qat.dit.methods.adatsq.fisher import (
     StepScores,
+    first_rows,
     narrowed,
     noise_channels,
     temporal_fisher,
@@ -148,5 +149,58 @@ def test_rows_and_channels_are_cut() -> None:
     assert (part.rows, part.step, part.timestep) == (2, 1, 10.0)
     assert narrowed(call, 8) is call
     x = torch.ones(2, 4, 8, 8)
-    assert noise_channels(torch.ones(2, 8, 8, 8), (x,)).shape == x.shape
-    assert noise_channels((torch.ones(2, 9, 6),), (torch.ones(2, 9, 6),)).shape == (2, 9, 6)
+    text = torch.ones(2, 3, 6)
+    assert noise_channels(torch.ones(2, 8, 8, 8), (text, x)).shape == (x.numel(),)
+    assert noise_channels((torch.ones(2, 9, 6),), (text,)).shape == (2 * 9 * 6,)
+    images = [torch.ones(4, 1, 8, 8), torch.ones(4, 1, 8, 8)]  # as Z-Image has them
+    assert noise_channels((images,), ({"x": images},)).shape == (2 * 4 * 64,)
+
+
+def test_a_list_of_one_tensor_per_row_is_cut_as_a_list() -> None:
+    images = [torch.full((4, 1, 8, 8), float(i)) for i in range(4)]  # 4 channels, 4 rows
+    call = Call((), {"x": images, "t": torch.ones(4)}, 0, 10.0, 4)
+    part = narrowed(call, 3)
+    assert [x.shape for x in part.kwargs["x"]] == [(4, 1, 8, 8)] * 3
+    assert len(part.kwargs["t"]) == part.rows == 3
+
+
+def test_rows_are_those_of_a_step_whatever_the_size_of_its_calls() -> None:
+    store = CallStore()
+    for step, rows in ((0, 2), (0, 2), (0, 2), (1, 8), (2, 1)):
+        store.append(Call((torch.ones(rows, 3),), {}, step, 10.0 * step, rows))
+    found = [(i, call.step, call.rows, len(call.args[0])) for i, call in first_rows(store, 3)]
+    assert found == [(0, 0, 2, 2), (1, 0, 1, 1), (3, 1, 3, 3), (4, 2, 1, 1)]
+
+
+class _Parallel(nn.Module):
+    """Two blocks, and a layer whose output is thrown away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            [nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6)) for _ in range(2)]
+        )
+        self.unused = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        self.unused(x)
+        return x
+
+
+def test_blocks_that_run_again_and_frozen_weights_score_the_same() -> None:
+    torch.manual_seed(0)
+    model = _Parallel()
+    store = CallStore()
+    store.append(Call((torch.randn(3, 5, 6),), {}, 0, 500.0, 3))
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    plain = temporal_fisher(model, store, layers)
+    again = temporal_fisher(model, store, layers, blocks=[*model.blocks])
+    frozen = temporal_fisher(model.requires_grad_(False), store, layers, blocks=[*model.blocks])
+    assert torch.equal(plain.values, again.values)
+    assert torch.equal(plain.values, frozen.values)
+    assert plain.values[0, -1] == 0
+    assert bool((plain.values[0, :-1] > 0).all())
+    assert not any("forward" in vars(block) for block in model.blocks)
+    assert not any(layer._forward_hooks for layer in layers.values())

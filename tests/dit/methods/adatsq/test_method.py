@@ -201,6 +201,9 @@ def test_weights_that_count_on_rounded_activations_are_better_at_low_bits(
     assert errors[0] < 0.9 * errors[1]
     counted = [WeightSettings(activation_bits=bits).counts_rounding for bits in (3, 4, 8)]
     assert counted == [True, False, False]
+    assert [WeightSettings(activation_bits=3).rows(n) for n in (512, 4608)] == [4096, 18432]
+    assert WeightSettings(activation_bits=3, tokens=100).rows(4608) == 100
+    assert WeightSettings(activation_bits=4, tokens=100).rows(4608) == 0
 
 
 def test_fisher_weights_spare_the_step_that_weighs_most(
@@ -241,6 +244,8 @@ def _errors_by_step(model: nn.Module, reference: nn.Module, store: CallStore) ->
 def test_bad_settings_are_refused_at_once(quantize: Quantize) -> None:
     with pytest.raises(ValueError, match=r"average_bits=2\.5 .*from 3 to 8"):
         AdaTSQConfig(average_bits=2.5)
+    with pytest.raises(ValueError, match=r"average_bits=9\.0 is above the highest choice"):
+        AdaTSQConfig(average_bits=9.0)
     with pytest.raises(ValueError, match="three rising"):
         AdaTSQConfig(activation_bits=(4, 3, 8))
     with pytest.raises(ValueError, match="mode='both'"):
@@ -255,6 +260,8 @@ def test_bad_settings_are_refused_at_once(quantize: Quantize) -> None:
         WeightSettings(base="lora")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="refits=-1"):
         WeightSettings(refits=-1)
+    with pytest.raises(ValueError, match="tokens=0"):
+        WeightSettings(tokens=0)
     with pytest.raises(ValueError, match="not both"):
         AdaTSQ(AdaTSQConfig(), average_bits=3.0)
     with pytest.raises(ValueError, match="teacher_forced"):

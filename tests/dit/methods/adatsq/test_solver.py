@@ -1,10 +1,17 @@
+import logging
+
 import pytest
 import torch
 from torch import Tensor
 
 from dit_qat.calibration import Needs
 from dit_qat.calibration.statistics import LinearStatistics, step_scales
-from dit_qat.dit.methods.adatsq.solver import Moments, input_moments, weighted_factors
+from dit_qat.dit.methods.adatsq.solver import (
+    Moments,
+    input_moments,
+    rows_wanted,
+    weighted_factors,
+)
 from dit_qat.layers.input_transform import InputTransform, Scale
 from dit_qat.layers.token_quantizer import TokenQuantizer
 
@@ -97,3 +104,25 @@ def test_weighted_factors_beat_the_plain_singular_vectors(statistics: LinearStat
     assert least <= error(A, B) < 1.1 * least < plain
     full = weighted_factors(E, H, OUT)
     assert error(*full) < 1e-4 * error(torch.zeros(OUT, 1), torch.zeros(1, WIDTH))
+
+
+def test_where_rows_are_few_their_rounding_is_left_out(
+    statistics: LinearStatistics, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = LinearStatistics(WIDTH, 3, Needs(second_moment=True, tokens=rows_wanted(WIDTH) - 1))
+    for step, x in enumerate(_calls()):
+        few.add(x, step, step)
+    with caplog.at_level(logging.WARNING):
+        moments = input_moments(few, InputTransform(WIDTH, []), QUANTIZER)
+    assert "63 rows are too few to count the rounding of 16 inputs (64" in caplog.text
+    assert moments.cross is moments.exact
+    assert moments.rounded.tokens == 3 * ROWS
+    assert _moments(statistics).cross is not _moments(statistics).exact
+
+
+def test_without_rounding_the_target_is_the_weight_and_the_branch_gets_the_rest(
+    statistics: LinearStatistics,
+) -> None:
+    moments, W, Q = _moments(statistics, rounds=False), _weight(1), _weight(2)
+    assert torch.equal(moments.target(W), W)
+    assert torch.equal(moments.left_over(W, Q), W - Q)
