@@ -94,8 +94,8 @@ class AdaTSQConfig:
         capacity(self.average_bits, bits, 1, 1)
         if self.average_bits > bits[2]:
             raise ValueError(
-                f"average_bits={self.average_bits} is above the highest choice of {bits}; lower it, "
-                "or raise activation_bits"
+                f"average_bits={self.average_bits} is above the highest choice of {bits}; lower "
+                "it, or raise activation_bits"
             )
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode={self.mode!r} is unknown; use one of {get_args(Mode)}")
