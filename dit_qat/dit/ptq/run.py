@@ -134,10 +134,10 @@ class _Quantizer:
     def __call__(self, view: BlockView) -> Mapping[str, nn.Module]:
         try:
             modules = self.method.quantize_block(view)
-        except ValueError as error:
-            if view.name in str(error):
+        except ValueError as refusal:
+            if view.name in str(refusal):
                 raise
-            raise ValueError(f"block {view.name}: {error}") from error
+            raise ValueError(f"block {view.name}: {refusal}") from refusal
         error = view.error(modules)
         for name, own in view.linear_errors(modules).items():
             tokens = view.statistics[name].tokens
