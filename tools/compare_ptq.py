@@ -10,7 +10,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -208,32 +208,35 @@ def collect(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(found: dict[str, dict[str, Any]], others: Sequence[dict[str, dict[str, Any]]]) -> str:
     lines = [
-        "| method | bits | trajectory error | output error | FD-digits | activation bits: layers "
-        "(operations) | effective weight bits |",
-        "|---|---|---|---|---|---|---|",
+        "| method | bits | trajectory error | other seeds | output error | FD-digits | activation "
+        "bits: layers (operations) | effective weight bits |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     reference = found.get("float", {}).get("float")
     if reference is not None:
-        lines.append(f"| float | W32A32 | 0 | 0 | {reference['fd_digits']:.2f} | 32 | 32 |")
+        lines.append(f"| float | W32A32 | 0 | | 0 | {reference['fd_digits']:.2f} | 32 | 32 |")
     for cell in (*BITS, f"w3a{MIXED}"):
         rows = [(name, cells[cell]) for name, cells in found.items() if cell in cells]
         for name, run in sorted(rows, key=lambda row: row[1]["trajectory_error"]):
             fd = f"{run['fd_digits']:.2f}" if "fd_digits" in run else "-"
+            elsewhere = [other[name][cell] for other in others if cell in other.get(name, {})]
+            seeds = ", ".join(f"{seed['trajectory_error']:.2g}" for seed in elsewhere)
             lines.append(
-                f"| {name} | {cell.upper()} | {run['trajectory_error']:.5f} | "
-                f"{run['output_error']:.5f} | {fd} | {run['average_bits']:.2f} "
+                f"| {name} | {cell.upper()} | {run['trajectory_error']:.2g} | {seeds} | "
+                f"{run['output_error']:.2g} | {fd} | {run['average_bits']:.2f} "
                 f"({run['average_bits_by_operations']:.2f}) | {run['effective_weight_bits']:.2f} |"
             )
     return "\n".join(lines) + "\n"
 
 
-def write_report(out: Path) -> None:
+def write_report(out: Path, beside: Sequence[Path]) -> None:
     found = collect(out)
-    (out / "table.md").write_text(table(found))
+    written = table(found, [collect(other) for other in beside])
+    (out / "table.md").write_text(written)
     (out / "metrics.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(table(found))
+    print(written)
 
 
 def main() -> None:
@@ -249,12 +252,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise that is sampled from")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", action="store_true", help="only write the table")
+    parser.add_argument(
+        "--beside", type=Path, nargs="*", default=[], help="folders of other seeds, for the table"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     (arguments.out / "cells").mkdir(parents=True, exist_ok=True)
     if not arguments.report:
         run_all(arguments)
-    write_report(arguments.out)
+    write_report(arguments.out, arguments.beside)
 
 
 def run_all(arguments: argparse.Namespace) -> None:
