@@ -111,7 +111,7 @@ def shell(
 
 
 def kill_after_first_checkpoint(process: "subprocess.Popen[str]", checkpoint: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not checkpoint.exists():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline

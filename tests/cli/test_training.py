@@ -32,7 +32,7 @@ def validation_loss(path: Path, weights: str) -> float:
     return trainer.validate(module, Digits(), verbose=False)[0]["val/loss"]
 
 
-def wait_for(path: Path, seconds: float = 60) -> bool:
+def wait_for(path: Path, seconds: float = 600) -> bool:
     deadline = time.monotonic() + seconds
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.02)

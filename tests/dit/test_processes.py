@@ -90,7 +90,7 @@ def test_tasks_of_slurm_are_the_processes(tmp_path):
         for rank in "01"
     ]
     for rank, task in enumerate(tasks):
-        output, errors = task.communicate(timeout=120)
+        output, errors = task.communicate(timeout=600)
         assert task.returncode == 0, errors
         assert f"rank {rank} of 2 on cpu" in output
 
@@ -131,7 +131,7 @@ def is_running(pid):
 def test_who_was_started_ends_with_its_starter(tmp_path):
     (tmp_path / "script.py").write_text(SLEEPER)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    files, deadline = [tmp_path / "0.pid", tmp_path / "1.pid"], time.monotonic() + 90
+    files, deadline = [tmp_path / "0.pid", tmp_path / "1.pid"], time.monotonic() + 600
     with subprocess.Popen(
         [sys.executable, "script.py"], cwd=tmp_path, env=environment, start_new_session=True
     ) as running:

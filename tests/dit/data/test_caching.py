@@ -25,7 +25,7 @@ class Group:
 
     def __init__(self, size):
         self.size, self.values = size, [None] * size
-        self.barrier = threading.Barrier(size, timeout=30)
+        self.barrier = threading.Barrier(size, timeout=300)
 
     def run(self, action):
         outcomes = [None] * self.size

@@ -67,7 +67,7 @@ def run_together():
     """Call a function as several processes would, each in a thread; return what each got."""
 
     def run(count, action):
-        board, barrier = [None] * count, threading.Barrier(count, timeout=60)
+        board, barrier = [None] * count, threading.Barrier(count, timeout=300)
 
         class Linked(Processes):
             def gather(self, value):

@@ -39,7 +39,7 @@ class Threads(Processes):
 
 def in_threads(count, act):
     """What ``act(processes)`` returns or raises on each of so many processes."""
-    barrier, board = threading.Barrier(count, timeout=60), {}
+    barrier, board = threading.Barrier(count, timeout=300), {}
 
     def one(rank):
         return act(Threads(rank, count, torch.device("cpu"), barrier_=barrier, board=board))

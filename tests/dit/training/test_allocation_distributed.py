@@ -67,7 +67,7 @@ def fit(config: dict[str, Any], folder: Path, **environment: str) -> Any:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
 
 
