@@ -139,7 +139,8 @@ def run_mixed(bench: Bench, name: str, samples: int, out: Path) -> dict[str, Any
         result = bench.quantized(SVDQuant(weight_bits=3, activation_bits=3))
         model = result.model
         best_fixed_mix_(bench, model)
-        averages = average_bits(bits_table(model, [row.name for row in result.table], {}))
+        names = [row.name for row in result.table]
+        averages = average_bits(bits_table(model, names, result.layers))
     seconds = time.process_time() - started
     return measured(bench, model, averages, seconds, samples, out / f"{name}_w3a3.1")
 
