@@ -209,32 +209,68 @@ def collect(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def table(found: dict[str, dict[str, Any]], others: Sequence[dict[str, dict[str, Any]]]) -> str:
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """One row per method, in the order of the error at W4A4: trajectory error, then FD-digits."""
+    cells = [*BITS, f"w3a{MIXED}"]
     lines = [
-        "| method | bits | trajectory error | other seeds | output error | FD-digits | activation "
-        "bits: layers (operations) | effective weight bits |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| method | {' | '.join(cell.upper() for cell in cells)} | weight bits at W4, effective | "
+        "processor seconds at W4A4 |",
+        "|---|" + "---|" * (len(cells) + 2),
     ]
-    reference = found.get("float", {}).get("float")
-    if reference is not None:
-        lines.append(f"| float | W32A32 | 0 | | 0 | {reference['fd_digits']:.2f} | 32 | 32 |")
-    for cell in (*BITS, f"w3a{MIXED}"):
-        rows = [(name, cells[cell]) for name, cells in found.items() if cell in cells]
-        for name, run in sorted(rows, key=lambda row: row[1]["trajectory_error"]):
-            fd = f"{run['fd_digits']:.2f}" if "fd_digits" in run else "-"
-            elsewhere = [other[name][cell] for other in others if cell in other.get(name, {})]
-            seeds = ", ".join(f"{seed['trajectory_error']:.2g}" for seed in elsewhere)
-            lines.append(
-                f"| {name} | {cell.upper()} | {run['trajectory_error']:.2g} | {seeds} | "
-                f"{run['output_error']:.2g} | {fd} | {run['average_bits']:.2f} "
-                f"({run['average_bits_by_operations']:.2f}) | {run['effective_weight_bits']:.2f} |"
-            )
+    if "float" in found:
+        score = f"{found['float']['float']['fd_digits']:.2f}"
+        lines.append(f"| float | {' | '.join([f'0 · {score}'] * len(BITS))} | | 32 | |")
+    for name in _by_error(found):
+        runs = found[name]
+        row = [_errors(runs[cell]) if cell in runs else "" for cell in cells]
+        some = runs.get("w4a4")
+        row += (
+            ["", ""]
+            if some is None
+            else [f"{some['effective_weight_bits']:.2f}", f"{some['seconds']:.0f}"]
+        )
+        lines.append(f"| {name} | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
+
+
+def seeds_table(seeds: Sequence[dict[str, dict[str, Any]]]) -> str:
+    """Trajectory errors of all seeds, of what every seed has."""
+    cells = [*BITS, f"w3a{MIXED}"]
+    shared = [c for c in cells if all(any(c in runs for runs in s.values()) for s in seeds)]
+    lines = [
+        f"| method | {' | '.join(c.upper() for c in shared)} |",
+        "|---|" + "---|" * len(shared),
+    ]
+    for name in _by_error(seeds[0]):
+        row = [
+            ", ".join(f"{seed[name][c]['trajectory_error']:.2g}" for seed in seeds)
+            if all(c in seed.get(name, {}) for seed in seeds)
+            else ""
+            for c in shared
+        ]
+        if any(row):
+            lines.append(f"| {name} | {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _by_error(found: dict[str, dict[str, Any]]) -> list[str]:
+    def error(name: str) -> float:
+        runs = found[name]
+        return float(runs.get("w4a4", next(iter(runs.values())))["trajectory_error"])
+
+    return sorted((name for name in found if name != "float"), key=error)
+
+
+def _errors(run: dict[str, Any]) -> str:
+    score = f" · {run['fd_digits']:.2f}" if "fd_digits" in run else ""
+    return f"{run['trajectory_error']:.2g}{score}"
 
 
 def write_report(out: Path, beside: Sequence[Path]) -> None:
     found = collect(out)
-    written = table(found, [collect(other) for other in beside])
+    written = table(found)
+    if beside:
+        written += "\n" + seeds_table([found, *(collect(other) for other in beside)])
     (out / "table.md").write_text(written)
     (out / "metrics.json").write_text(json.dumps(found, indent=2) + "\n")
     print(written)
