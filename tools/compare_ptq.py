@@ -123,7 +123,9 @@ def run_cell(bench: Bench, name: str, cell: str, samples: int, out: Path) -> dic
     started = time.process_time()
     result = bench.quantized(METHODS[name](weight_bits, activation_bits))
     seconds = time.process_time() - started
-    return measured(bench, result.model, result.averages, seconds, samples, out / f"{name}_{cell}")
+    return measured(
+        bench, result.model, result.averages, seconds, samples, out / f"{name}_{cell}.png"
+    )
 
 
 def run_mixed(bench: Bench, name: str, samples: int, out: Path) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def run_mixed(bench: Bench, name: str, samples: int, out: Path) -> dict[str, Any
         model, averages = result.model, result.averages
         if "policy" in result.report:
             png = policy_plot(Policy.from_dict(result.report["policy"], "the report"))
-            (out / "adatsq_w3a3.1_policy.png").write_bytes(png)
+            (out / f"adatsq_w3a{MIXED}_policy.png").write_bytes(png)
     else:
         result = bench.quantized(SVDQuant(weight_bits=3, activation_bits=3))
         model = result.model
@@ -142,7 +144,7 @@ def run_mixed(bench: Bench, name: str, samples: int, out: Path) -> dict[str, Any
         names = [row.name for row in result.table]
         averages = average_bits(bits_table(model, names, result.layers))
     seconds = time.process_time() - started
-    return measured(bench, model, averages, seconds, samples, out / f"{name}_w3a3.1")
+    return measured(bench, model, averages, seconds, samples, out / f"{name}_w3a{MIXED}.png")
 
 
 def best_fixed_mix_(bench: Bench, model: DiT) -> None:
@@ -185,7 +187,7 @@ def measured(
     if samples:
         scored = score(model, bench.sampler, samples)
         found |= scored.scores
-        save_png(picture.with_suffix(".png"), image_grid(scored.images[:100], columns=10, scale=4))
+        save_png(picture, image_grid(scored.images[:100], columns=10, scale=4))
     return found
 
 
