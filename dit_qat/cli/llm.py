@@ -180,11 +180,11 @@ def generate(
     loaded = load_llm(model, pick_device(device), getattr(torch, dtype))
     given = loaded.tokenizer(prompt, return_tensors="pt").to(next(loaded.model.parameters()).device)
     torch.manual_seed(seed)
-    drawing = {"do_sample": temperature > 0}
+    drawing: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         drawing["temperature"] = temperature
-    model_: Any = loaded.model
-    drawn = model_.generate(**given, max_new_tokens=tokens, **drawing)
+    continuing: Any = loaded.model
+    drawn = continuing.generate(**given, max_new_tokens=tokens, **drawing)
     print(loaded.tokenizer.decode(drawn[0], skip_special_tokens=True))
 
 

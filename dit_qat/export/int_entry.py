@@ -67,8 +67,8 @@ class IntEntry:
 
     @property
     def adds_bias(self) -> bool:
-        """Whether there may be a bias where the float layer has none: never."""
-        return False
+        """Whether there may be a bias where the float layer has none: corrections of means."""
+        return True
 
     @property
     def weights(self) -> str:

@@ -13,8 +13,6 @@ from dit_qat.primitives.packing import base3_bytes, check_base3, pack_base3, unp
 
 __all__ = ["TernaryCode", "check_order", "stored_half", "stored_order"]
 
-_LONGEST_SHORT = 1 << 15  # columns whose positions int16 can name
-
 
 @dataclass(frozen=True, eq=False)
 class TernaryCode(WeightCode):
@@ -27,8 +25,8 @@ class TernaryCode(WeightCode):
             in stored order.
         scale: (out, groups) float16, alpha.
         offset: (out, groups) float16, mu.
-        order: (in,) int16, or int32 beyond 32768 columns: which original column is stored where;
-            None: the original order.
+        order: (in, bytes) uint8, little-endian: which original column is stored where; None: the
+            original order.
     """
 
     name: ClassVar[str] = "ternary"
@@ -97,9 +95,7 @@ class TernaryCode(WeightCode):
         groups = torch.arange(self.in_features, device=self.codes.device) // self.group_size
         weight = unpack_base3(self.codes, self.in_features).float()
         weight.mul_(self.scale.float()[:, groups]).add_(self.offset.float()[:, groups])
-        if self.order is None:
-            return weight
-        return weight[:, self.order.long().argsort()]
+        return weight if self.order is None else weight[:, _unpacked(self.order).argsort()]
 
     @classmethod
     def restore(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "TernaryCode":
@@ -117,12 +113,17 @@ class TernaryCode(WeightCode):
         per_row = Room((rows, -(-width // group)), torch.float16)
         rooms = {"codes": Room((rows, base3_bytes(width))), "scale": per_row, "offset": per_row}
         if plain["ordered"]:
-            rooms["order"] = Room((width,), order_dtype(width))
+            rooms["order"] = Room((width, _position_bytes(width)))
         check_rooms(cls.name, tensors, rooms)
         check_base3(tensors["codes"], width)
         if plain["ordered"]:
-            check_order(tensors["order"])
+            check_order(_unpacked(tensors["order"]))
         return cls(width, group, **tensors)
+
+    @property
+    def columns(self) -> Tensor | None:
+        """Original position of every stored column (in,), long; None: as they are."""
+        return None if self.order is None else _unpacked(self.order)
 
     def take_rows(self, index: Tensor) -> "TernaryCode":
         """The code of ``weight[index]``: a permutation of the outputs costs nothing."""
@@ -135,19 +136,25 @@ class TernaryCode(WeightCode):
         return replace(self, order=None)
 
 
-def order_dtype(width: int) -> torch.dtype:
-    """The least integers that name positions of so many columns."""
-    return torch.int16 if width <= _LONGEST_SHORT else torch.int32
-
-
 def stored_order(order: Tensor) -> Tensor:
-    """An order (in,) as it is stored.
+    """An order (in,) as it is stored: (in, bytes) uint8, as few bytes as name all columns.
 
     Raises:
         ValueError: if it is no permutation.
     """
     check_order(order)
-    return order.to(order_dtype(len(order)))
+    count = _position_bytes(len(order))
+    return torch.stack([order.long() >> 8 * k & 255 for k in range(count)], 1).to(torch.uint8)
+
+
+def _unpacked(stored: Tensor) -> Tensor:
+    """The inverse of :func:`stored_order`: (in,) long."""
+    parts = [column.long() << 8 * k for k, column in enumerate(stored.unbind(1))]
+    return torch.stack(parts).sum(0)
+
+
+def _position_bytes(width: int) -> int:
+    return max(1, -(-(width - 1).bit_length() // 8))
 
 
 def check_order(order: Tensor) -> None:

@@ -183,8 +183,8 @@ def solve(G: Tensor, h: Tensor, start: Tensor | None = None) -> Tensor:
     scale = torch.where(size > 0, size, 1).rsqrt()
     unit = G64 * scale[:, :, None] * scale[:, None, :]
     ridge = _RIDGE * torch.finfo(G.dtype).eps + (size <= 0)  # 1 where nothing is
-    values, _ = torch.linalg.solve_ex(unit + torch.diag_embed(ridge), h64 * scale)
-    values = (values * scale).to(h.dtype)
+    found: Tensor = torch.linalg.solve_ex(unit + torch.diag_embed(ridge), h64 * scale)[0]
+    values = (found * scale).to(h.dtype)
     if start is None:
         return values
     fine = (_quadratic(G64, h64, values) <= _quadratic(G64, h64, start))[:, None]

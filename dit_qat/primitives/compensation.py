@@ -133,13 +133,10 @@ def compensate(
         Q, chosen = sweep.choosing(_alive(weight, dead), G, order)
         return Compensated(Q, chosen, damping, dead)
     permutation = permutation_of(order, H.diagonal(), group_size)
-    if permutation is not None:
-        H = H[permutation][:, permutation]
-    R, damping = _upper(H, damping)
-    del H  # the permuted copy
+    columns = torch.arange(len(H), device=H.device) if permutation is None else permutation
+    R, damping = _upper(H, damping, columns)
     W = _alive(weight, dead)
     if permutation is None:
-        columns = torch.arange(W.shape[1], device=W.device)
         return Compensated(sweep.in_order(W, R, columns), None, damping, dead)
     W = W[:, permutation]
     Q = sweep.in_order(W, R, permutation)
@@ -300,10 +297,10 @@ def _inverse(upper: Tensor) -> Tensor:
     return inverse
 
 
-def _upper(H: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper triangular R with ``R R^T = H + damping * mean(diag H) * I``, and that damping."""
+def _upper(H: Tensor, damping: float, columns: Tensor) -> tuple[Tensor, float]:
+    """Upper triangular R with ``R R^T`` the damped H of columns in order, and the damping."""
     # R R^T of H is L L^T of H read backwards.
-    L, damping = damped_cholesky(H, damping, flipped=True)
+    L, damping = damped_cholesky(H, damping, columns.flip(0))
     return L.flip(0, 1), damping
 
 

@@ -10,20 +10,23 @@ __all__ = ["MOST_DAMPING", "damped_cholesky", "damped_inverse", "enough_damping"
 MOST_DAMPING = 10.0
 DOUBLE_WIDTH = 8192  # up to here a factor in float64 takes a minute at most on a CPU
 
+_PANEL = 512  # columns that are factored at a time
+
 _LOG = logging.getLogger(__name__)
 _LEAST_DAMPING = 1e-6
 
 
-def damped_cholesky(H: Tensor, damping: float, flipped: bool = False) -> tuple[Tensor, float]:
+def damped_cholesky(H: Tensor, damping: float, index: Tensor | None = None) -> tuple[Tensor, float]:
     """Lower L with ``L L^T = H + damping * mean(diag H) * I``, and the damping that it took.
 
     Dead columns (zero diagonal) stand apart with the mean as their diagonal, and are not counted
     in it. Damping is raised tenfold, with a warning, while there is no well-conditioned factor.
+    One matrix is held beside H.
 
     Args:
         H: (in, in), symmetric, of any scale.
         damping: To begin with.
-        flipped: Read H backwards, from its last column to its first.
+        index: (in,), the order in which the columns of H are read; None: as they are.
 
     Returns:
         L in float64, or float32 beyond a width of 8192, and the damping.
@@ -33,18 +36,12 @@ def damped_cholesky(H: Tensor, damping: float, flipped: bool = False) -> tuple[T
     """
     live = H.diagonal() > 0
     mean = float(H.diagonal()[live].double().mean()) if bool(live.any()) else 1.0
-    dtype = torch.float64 if H.shape[0] <= DOUBLE_WIDTH else torch.float32
-    # Scaled, so that nothing overflows; a copy, which is written to.
-    matrix = (H.flip(0, 1) if flipped else H).to(dtype, copy=True).div_(mean)
     floor = max(8 * torch.finfo(H.dtype).eps, 1e-12)
-    base = matrix.diagonal().clone()
-    base[base == 0] = 1
     while True:
-        matrix.diagonal().copy_(base + damping)
-        L, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) == 0 and _well_conditioned(L, floor):
-            return L.mul_(mean**0.5), damping
-        del L  # as large as the matrix, and so would be the next
+        matrix = _scaled(H, mean, index)
+        matrix.diagonal().add_(damping)
+        if _factor_(matrix) and _well_conditioned(matrix, floor):
+            return matrix.mul_(mean**0.5), damping
         damping = _raised(damping, "the second moment is singular")
 
 
@@ -64,6 +61,36 @@ def enough_damping(damping: float, tokens: int | None, columns: int) -> float:
     if tokens is None or not 0 < tokens < columns:
         return damping
     return _raised(damping, f"{tokens} tokens cannot fill {columns} columns")
+
+
+def _scaled(H: Tensor, mean: float, index: Tensor | None) -> Tensor:
+    """H over its mean, so that nothing overflows, in the order of ``index``; a copy."""
+    dtype = torch.float64 if H.shape[0] <= DOUBLE_WIDTH else torch.float32
+    matrix = torch.empty(H.shape, dtype=dtype, device=H.device)
+    for start in range(0, len(H), _PANEL):
+        rows = slice(start, start + _PANEL)
+        matrix[rows] = H[rows] if index is None else H[index[rows]][:, index]
+    matrix.div_(mean)
+    diagonal = matrix.diagonal()
+    diagonal[diagonal == 0] = 1
+    return matrix
+
+
+def _factor_(A: Tensor) -> bool:
+    """Put the lower Cholesky factor in the place of a matrix; False if there is none."""
+    for start in range(0, len(A), _PANEL):
+        here, behind = slice(start, start + _PANEL), slice(start + _PANEL, None)
+        corner, info = torch.linalg.cholesky_ex(A[here, here])
+        if int(info):
+            return False
+        A[here, here] = corner
+        A[here, behind] = 0
+        column = torch.linalg.solve_triangular(corner.mT, A[behind, here], upper=True, left=False)
+        A[behind, here] = column
+        for later in range(start + _PANEL, len(A), _PANEL):  # on and below the diagonal
+            at, ahead = later - start - _PANEL, slice(later, later + _PANEL)
+            A[later:, ahead].addmm_(column[at:], column[at : at + _PANEL].mT, alpha=-1)
+    return True
 
 
 def _well_conditioned(L: Tensor, floor: float) -> bool:

@@ -23,7 +23,9 @@ def parts(rows: int, width: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scale.float(), offset.float()
 
 
-@pytest.mark.parametrize(("rows", "width", "group"), [(3, 20, 8), (4, 256, 128), (1, 1, 128)])
+@pytest.mark.parametrize(
+    ("rows", "width", "group"), [(3, 20, 8), (4, 256, 128), (2, 300, 128), (1, 1, 128)]
+)
 @pytest.mark.parametrize("ordered", [False, True])
 def test_a_code_is_the_weight_it_was_made_of(
     rows: int, width: int, group: int, ordered: bool
@@ -40,6 +42,7 @@ def test_a_code_is_the_weight_it_was_made_of(
     again = WEIGHT_CODES["ternary"].restore(code.settings(), code.tensors())
     assert torch.equal(again.decode(), expected)
     assert (code.out_features, code.in_features) == (rows, width)
+    assert order is None if code.columns is None else torch.equal(code.columns, columns)
 
 
 def test_all_243_bytes_of_five_codes_come_back() -> None:
@@ -56,6 +59,9 @@ def test_bits_are_those_of_the_specification() -> None:
     order = torch.randperm(1280)
     ordered = TernaryCode.build(*parts(64, 1280, 128), 128, order)
     assert ordered.effective_bits == pytest.approx(1.85 + 16 / 64)
+    few = TernaryCode.build(*parts(64, 256, 128), 128, torch.arange(256))
+    assert few.order is not None
+    assert few.order.shape == (256, 1)
 
 
 def test_a_permutation_of_outputs_folds_into_the_rows_of_the_layer_before() -> None:
@@ -97,7 +103,7 @@ def test_it_serves_a_layer() -> None:
         ("codes", torch.zeros(3, 5, dtype=torch.uint8), "codes of a ternary code"),
         ("scale", torch.full((3, 3), torch.inf).half(), "NaN or infinite"),
         ("offset", torch.zeros(3, 3), "offset of a ternary code is torch.float32"),
-        ("order", torch.zeros(20, dtype=torch.int16), "no permutation of 20"),
+        ("order", torch.zeros(20, 1, dtype=torch.uint8), "no permutation of 20"),
         ("more", torch.zeros(1), "missing or unknown: more"),
     ],
 )

@@ -33,9 +33,9 @@ def fold_order(model: nn.Module, name: str, feeders: Sequence[str]) -> bool:
     code = _ternary(layer)
     before = [model.get_submodule(feeder) for feeder in feeders]
     codes = [_ternary(module) for module in before]
-    if code is None or code.order is None or any(found is None for found in codes):
+    order = None if code is None else code.columns
+    if code is None or order is None or any(found is None for found in codes):
         return False
-    order = code.order.long()
     _replace(model, name, code.without_order(), _bias(layer))
     for feeder, module, rows in zip(feeders, before, codes, strict=True):
         assert rows is not None

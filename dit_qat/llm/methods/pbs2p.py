@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_qat.calibration import CallStore, Run, evaluating
-from dit_qat.calibration.trees import tensors_of
+from dit_qat.calibration.trees import map_tensors, tensors_of
 from dit_qat.layers.binary_code import BinaryCode, BinaryLayout, decode_block
 from dit_qat.llm.methods.binarizer import (
     Binarizer,
@@ -247,6 +247,7 @@ def quantize_weight(
 def layer_cosines(model: nn.Module, blocks: list[nn.Module], store: CallStore) -> list[float]:
     """Mean over tokens of the cosine between what a block receives and what it returns."""
     sums = [[0.0, 0] for _ in blocks]
+    device = next(p.device for p in model.parameters() if not p.is_meta)
 
     def listen(at: int) -> Any:
         def hear(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -264,7 +265,8 @@ def layer_cosines(model: nn.Module, blocks: list[nn.Module], store: CallStore) -
     try:
         with evaluating(model):
             for call in store:
-                model(*call.args, **call.kwargs)
+                args, kwargs = map_tensors(lambda x: x.to(device), (call.args, call.kwargs))
+                model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

@@ -107,7 +107,8 @@ def quantize_weight(
 
 def salience(weight: Tensor, H: Tensor, damping: float) -> Tensor:
     """``w_ij^2 / U_jj^2`` (out, in), U the upper factor of ``H^-1 = U^T U``; 0 in dead columns."""
-    L, _ = damped_cholesky(H, damping, flipped=True)
+    backwards = torch.arange(len(H), device=H.device).flip(0)
+    L, _ = damped_cholesky(H, damping, backwards)
     inverse = L.diagonal().flip(0).square().to(weight.dtype)  # 1 / U_jj^2
     return weight.square() * inverse.masked_fill(H.diagonal() == 0, 0)
 

@@ -173,12 +173,21 @@ class STBLLM(CodingMethod):
         self._kept: dict[str, int] = {}
 
     def start(self, run: Run) -> None:
-        """Decide how much every layer keeps, by the outliers among its weights."""
+        """Decide how much every layer keeps, by the outliers among its weights.
+
+        Raises:
+            ValueError: if that takes weights that are not in memory.
+        """
         own, linears = self.config, run.target.linears()
         if own.strength < 0.5:  # every shift rounds to zero
             return
         shares = []
-        for linear in linears.values():
+        for name, linear in linears.items():
+            if linear.weight.is_meta:
+                raise ValueError(
+                    f"strength={own.strength} compares all layers, but {name} is not in memory; "
+                    "load the whole model, or leave the strength below 0.5"
+                )
             ones = torch.ones(linear.in_features, device=linear.weight.device)
             score = ria(linear.weight.detach().float(), ones)
             shares.append(outlier_share(score, own.outliers))

@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dit_qat import load_quantized
 from dit_qat.calibration import Method
 from dit_qat.export.manifest import read_manifest
-from dit_qat.layers import CodedLinear
+from dit_qat.layers import CodedLinear, InputTransform, Scale
+from dit_qat.layers.rounding import nearest_layer
+from dit_qat.llm.hf.attach import attach_fresh
 from dit_qat.llm.hf.folder import save_quantized
 from dit_qat.llm.quantize import quantize_llm
+from dit_qat.primitives.integer import IntegerGrid
 
 MakeModel = Callable[..., PreTrainedModel]
 UP = "model.layers.0.mlp.up_proj"
@@ -80,6 +83,23 @@ def test_another_dtype_is_for_float_parts_alone(
     found.save_pretrained(tmp_path / "half")
     again = load_quantized(tmp_path / "half")  # its digests are those of the new floats
     assert torch.equal(again.get_submodule(UP).dequantized(), own.dequantized())
+
+
+def test_integer_layers_behind_a_transform_are_layers_too(
+    make_model: MakeModel, windows: Tensor, tmp_path: Path
+) -> None:
+    """What the diffusion side quantizes with: the vectors stay float32 in a model of 16 bits."""
+    make_model().save_pretrained(tmp_path / "float")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.bfloat16)
+    linear = model.get_submodule(UP)
+    transform = InputTransform(linear.in_features, [Scale(torch.rand(linear.in_features) + 0.5)])
+    layer = nearest_layer(linear, IntegerGrid(4), None, transform)
+    model.set_submodule(UP, layer)
+    attach_fresh(model)
+    save_quantized(model, tmp_path / "m", windows)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    assert torch.equal(_logits(found, windows), _logits(model, windows))
+    assert torch.equal(found.get_submodule(UP).to_float().weight, layer.to_float().weight)
 
 
 def test_a_model_can_be_made_float_again(

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from dit_qat.calibration import BlockView, Method, Run
 from dit_qat.layers import CodedLinear, IntLinear
+from dit_qat.layers.rounding import ClipSearch
 from dit_qat.llm.methods.awq import AWQ
 from dit_qat.llm.methods.d2quant import D2Quant
 from dit_qat.llm.methods.d2quant.correction import Shifted, mean_deviation
@@ -66,19 +67,20 @@ def error(model: nn.Module, exact: Tensor) -> float:
     return float((logits(model) - exact).square().sum() / exact.square().sum())
 
 
-METHODS = [
-    RTN(bits=4, group_size=16),
-    GPTQ(bits=4, group_size=16),
-    GPTAQ(bits=4, group_size=16),
-    AWQ(bits=4, group_size=16, tokens=64),
-    SliM(bits=3, group_size=8, range_steps=2, tokens=64),
-    D2Quant(bits=3, group_size=16),
-    PT2(group_size=8),
-    PT2(preset="paper", group_size=8),
-]
+FAST: dict[str, Any] = {"group_size": 16, "clip": ClipSearch(values=6), "iterations": 3}
+METHODS: dict[str, Method] = {
+    "rtn": RTN(bits=4, group_size=16),
+    "gptq": GPTQ(bits=4, group_size=16),
+    "gptaq": GPTAQ(bits=4, group_size=16),
+    "awq": AWQ(bits=4, group_size=16, tokens=64),
+    "slim": SliM(bits=3, group_size=8, range_steps=2, tokens=64),
+    "d2quant": D2Quant(bits=3, **FAST),
+    "pt2": PT2(group_size=8),
+    "pt2_paper": PT2(preset="paper", group_size=8),
+}
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{id(m) % 97}")
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("make", [llama, opt])
 def test_every_method_quantizes_every_layer(method: Method, make: Any) -> None:
     model = make()
@@ -127,7 +129,7 @@ def test_layers_of_one_input_share_an_order_or_do_not() -> None:
 
 
 def test_a_column_scale_folds_into_up_proj_within_rounding() -> None:
-    model, method = llama(), D2Quant(bits=3, group_size=16)
+    model, method = llama(), D2Quant(bits=3, **FAST)
     before = Unfolded(method)
     result = quantize_llm(model, method, windows(), batch_size=4)
     torch.testing.assert_close(logits(model), before.logits, rtol=1e-2, atol=1e-2)
@@ -139,7 +141,7 @@ def test_a_column_scale_folds_into_up_proj_within_rounding() -> None:
 
 def test_a_plain_mlp_keeps_its_column_scale() -> None:
     model = opt()
-    quantize_llm(model, D2Quant(bits=3, group_size=16), windows(), batch_size=4)
+    quantize_llm(model, D2Quant(bits=3, **FAST), windows(), batch_size=4)
     assert model.model.decoder.layers[0].fc2.code.column_scale is not None
 
 
@@ -178,7 +180,7 @@ def test_a_rotation_leaves_the_function_as_it_is(tied: bool) -> None:
 def test_the_release_s_whole_pipeline_runs() -> None:
     model = llama()
     exact = logits(model)
-    method = D2Quant(preset="paper", bits=3, group_size=16)
+    method = D2Quant(preset="paper", bits=3, **FAST)
     result = quantize_llm(model, method, windows(), batch_size=4)
     assert error(model, exact) < 0.9
     assert model.lm_head.bias is not None
@@ -190,7 +192,7 @@ class Watching(D2Quant):
     """Looks at the MLP's norm before and after the correction, in the first block."""
 
     def __init__(self) -> None:
-        super().__init__(bits=2, group_size=16)
+        super().__init__(bits=2, **FAST)
         self.squares: list[Tensor] = []
         self.snr = torch.zeros(())
 
