@@ -22,8 +22,8 @@ from dit_qat.primitives.column_order import Chooser, Order, bring_forward, permu
 from dit_qat.primitives.damped_cholesky import (
     DOUBLE_WIDTH,
     MOST_DAMPING,
-    damped_cholesky,
     damped_inverse,
+    damped_upper,
     enough_damping,
 )
 from dit_qat.primitives.scales import widen
@@ -134,7 +134,7 @@ def compensate(
         return Compensated(Q, chosen, damping, dead)
     permutation = permutation_of(order, H.diagonal(), group_size)
     columns = torch.arange(len(H), device=H.device) if permutation is None else permutation
-    R, damping = _upper(H, damping, columns)
+    R, damping = damped_upper(H, damping, columns)
     W = _alive(weight, dead)
     if permutation is None:
         return Compensated(sweep.in_order(W, R, columns), None, damping, dead)
@@ -295,13 +295,6 @@ def _inverse(upper: Tensor) -> Tensor:
     identity = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
     inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return inverse
-
-
-def _upper(H: Tensor, damping: float, columns: Tensor) -> tuple[Tensor, float]:
-    """Upper triangular R with ``R R^T`` the damped H of columns in order, and the damping."""
-    # R R^T of H is L L^T of H read backwards.
-    L, damping = damped_cholesky(H, damping, columns.flip(0))
-    return L.flip(0, 1), damping
 
 
 def _check(

@@ -5,12 +5,12 @@ import logging
 import torch
 from torch import Tensor
 
-__all__ = ["MOST_DAMPING", "damped_cholesky", "damped_inverse", "enough_damping"]
+__all__ = ["MOST_DAMPING", "damped_cholesky", "damped_inverse", "damped_upper", "enough_damping"]
 
 MOST_DAMPING = 10.0
 DOUBLE_WIDTH = 8192  # up to here a factor in float64 takes a minute at most on a CPU
 
-_PANEL = 512  # columns that are factored at a time
+_PANEL = 256  # columns that are factored at a time
 
 _LOG = logging.getLogger(__name__)
 _LEAST_DAMPING = 1e-6
@@ -43,6 +43,28 @@ def damped_cholesky(H: Tensor, damping: float, index: Tensor | None = None) -> t
         if _factor_(matrix) and _well_conditioned(matrix, floor):
             return matrix.mul_(mean**0.5), damping
         damping = _raised(damping, "the second moment is singular")
+
+
+def damped_upper(H: Tensor, damping: float, index: Tensor) -> tuple[Tensor, float]:
+    """Upper R with ``R R^T`` the damped H, its columns read in order; as :func:`damped_cholesky`.
+
+    Args:
+        H: (in, in), symmetric.
+        damping: To begin with.
+        index: (in,), the order.
+    """
+    # R R^T of H is L L^T of H read backwards.
+    L, damping = damped_cholesky(H, damping, index.flip(0))
+    size = len(L)
+    for start in range(0, size // 2, _PANEL):  # in place: the matrix is the largest there is
+        stop = min(start + _PANEL, size // 2)
+        above, below = slice(start, stop), slice(size - stop, size - start)
+        kept = L[above].flip(0, 1)
+        L[above] = L[below].flip(0, 1)
+        L[below] = kept
+    if size % 2:
+        L[size // 2] = L[size // 2].flip(0)
+    return L, damping
 
 
 def damped_inverse(H: Tensor, damping: float) -> tuple[Tensor, float]:

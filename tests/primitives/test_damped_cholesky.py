@@ -5,7 +5,12 @@ import torch
 from torch import Tensor
 
 from dit_qat.primitives import damped_cholesky as module
-from dit_qat.primitives.damped_cholesky import damped_cholesky, damped_inverse, enough_damping
+from dit_qat.primitives.damped_cholesky import (
+    damped_cholesky,
+    damped_inverse,
+    damped_upper,
+    enough_damping,
+)
 
 
 def second_moment(width: int, tokens: int = 200) -> Tensor:
@@ -28,6 +33,20 @@ def test_the_factor_is_that_of_the_damped_matrix(
     torch.testing.assert_close(L, torch.linalg.cholesky(damped), rtol=1e-11, atol=1e-11)
     assert damping == 0.05
     assert not L.triu(1).any()
+
+
+@pytest.mark.parametrize("width", [1, 2, 29, 30])
+@pytest.mark.parametrize("panel", [1, 4, 64])
+def test_the_upper_factor_is_the_lower_one_read_backwards(
+    monkeypatch: pytest.MonkeyPatch, width: int, panel: int
+) -> None:
+    monkeypatch.setattr(module, "_PANEL", panel)
+    H = second_moment(width)
+    index = torch.randperm(width, generator=torch.Generator().manual_seed(1))
+    R, _ = damped_upper(H, 0.05, index)
+    damped = H + 0.05 * H.diagonal().mean() * torch.eye(width).double()
+    torch.testing.assert_close(R @ R.T, damped[index][:, index])
+    assert not R.tril(-1).any()
 
 
 def test_the_inverse_is_the_inverse() -> None:

@@ -15,7 +15,7 @@ from dit_qat.layers.ternary_code import stored_half
 from dit_qat.llm.methods.settings import check_at_least, settled
 from dit_qat.llm.methods.staged import Linears, StagedMethod
 from dit_qat.primitives.compensation import Block, column_by_column, compensate
-from dit_qat.primitives.damped_cholesky import damped_cholesky
+from dit_qat.primitives.damped_cholesky import damped_upper
 from dit_qat.primitives.second_moment import SecondMoment
 
 __all__ = ["SliM", "SliMConfig", "allocate_bits", "fit_group", "quantize_weight", "salience"]
@@ -107,9 +107,8 @@ def quantize_weight(
 
 def salience(weight: Tensor, H: Tensor, damping: float) -> Tensor:
     """``w_ij^2 / U_jj^2`` (out, in), U the upper factor of ``H^-1 = U^T U``; 0 in dead columns."""
-    backwards = torch.arange(len(H), device=H.device).flip(0)
-    L, _ = damped_cholesky(H, damping, backwards)
-    inverse = L.diagonal().flip(0).square().to(weight.dtype)  # 1 / U_jj^2
+    R, _ = damped_upper(H, damping, torch.arange(len(H), device=H.device))
+    inverse = R.diagonal().square().to(weight.dtype)  # 1 / U_jj^2
     return weight.square() * inverse.masked_fill(H.diagonal() == 0, 0)
 
 

@@ -18,7 +18,7 @@ from dit_qat.primitives.integer import IntegerGrid
 from dit_qat.primitives.second_moment import SecondMoment
 
 N, M, BLOCK = 24, 80, 32  # the last block is short
-FEW = ZoneSearch(most_salient=8, quantiles=9)
+FEW = ZoneSearch(most_salient=5, quantiles=9)
 
 CASES: list[tuple[Any, dict[str, Any]]] = [
     (billm.BiLLM, {"preset": "paper"}),
@@ -42,6 +42,8 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
 def small(kind: Any, fields: dict[str, Any]) -> Any:
     if kind is not pb_llm.PBLLM:
         fields = {"search": FEW} | fields
+    if kind in (arb.ARB, pbs2p.PBS2P):
+        fields = {"iterations": 4} | fields
     return kind(block_size=BLOCK, **fields)
 
 
@@ -164,7 +166,7 @@ def test_stbllm_as_released_is_neither_sparse_nor_counted_so() -> None:
 def test_a_budget_is_kept_by_fewer_groups_and_columns() -> None:
     W, H = weight().repeat(4, 1), moment()
     free = code_of(arb.ARB, {"groups": 3}, W, H)
-    for budget in (4.0, 5.5, 7.0):
+    for budget in (4.0, 7.0):
         code = code_of(arb.ARB, {"groups": 3, "budget": budget}, W, H)
         assert code.effective_bits <= budget + 8 * 32 / W.numel()
     assert code_of(arb.ARB, {"groups": 3, "budget": 99.0}, W, H).layout == free.layout
