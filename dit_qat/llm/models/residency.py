@@ -65,7 +65,8 @@ class BlockResidency:
         for name in self.blocks:
             block = model.get_submodule(name)
             block.register_forward_pre_hook(self._reader(name))
-            block.register_state_dict_post_hook(self._completer(name))
+            hook = self._completer(name)
+            block.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
 
     @property
     def resident(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Settings of D2Quant."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import get_args
 
 from dit_qat.layers.rounding import ClipSearch, GPTQSettings
@@ -18,11 +18,12 @@ class Recipe:
     multiplies: Multiplied
     rotation: bool
     final_correction: bool
+    clip: ClipSearch
 
 
 _PRESETS: Mapping[Preset, Recipe] = {
-    "paper": Recipe("as_released", rotation=True, final_correction=True),
-    "exact": Recipe("pre_round", rotation=False, final_correction=False),
+    "paper": Recipe("as_released", True, True, ClipSearch()),
+    "exact": Recipe("pre_round", False, False, ClipSearch(41, 0.2, 2.0)),
 }
 
 
@@ -46,7 +47,7 @@ class D2QuantConfig:
         multiplies: What that term multiplies in blocks behind.
         rotation: Rotate the residual stream by Hadamard matrices of ``group_size`` first.
         ordered: Groups, and columns within groups, of large second moment first.
-        clip: Search of the range of integer layers; None: the full one.
+        clip: Search of the range of integer layers; ``ClipSearch(values=1)`` is none.
         damping: Added to the diagonal of H, as a fraction of its mean.
         limit: Greatest magnitude of a correction.
         staged: Whether each group of layers sees what the quantized ones before it leave.
@@ -66,7 +67,7 @@ class D2QuantConfig:
     multiplies: Multiplied | None = None
     rotation: bool | None = None
     ordered: bool = True
-    clip: ClipSearch | None = field(default_factory=ClipSearch)
+    clip: ClipSearch | None = None
     damping: float = 0.01
     limit: float = 10.0
     staged: bool = True

@@ -73,7 +73,7 @@ def round_integers(
         second_moment,
         grid,
         config.settings,
-        config.clip,
+        config.recipe.clip,
         order="group_activation" if config.ordered else None,
         asymmetric=_term(config, cross_moment),
     )

@@ -78,7 +78,7 @@ def _check(model: nn.Module, norms: dict[str, list[str]]) -> None:
         raise ValueError("rotation needs all weights in memory; load the model whole")
 
 
-def _untie(model: Any, embedding: nn.Module, head: nn.Module) -> None:
+def _untie(model: Any, embedding: nn.Embedding, head: nn.Linear) -> None:
     """Give the head weights of its own: the last norm is fused into them alone."""
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)

@@ -40,6 +40,8 @@ class PT2Config:
         group_size: Columns of a block, which share a scale and an offset per row.
         fitting: Iterative ternary fitting; without it, the quantizer it begins with.
         alignment: Activation-aware grid alignment.
+        compensated: Columns to come make up for the errors of a block; without all three, this is
+            rounding to asymmetric ternary.
         order: Which columns share a block: those alike (structural-similarity reordering), those of
             large second moment first, random ones, or neighbours.
         update: How a block's error moves the columns to come.
@@ -63,6 +65,7 @@ class PT2Config:
     group_size: int = 128
     fitting: bool = True
     alignment: bool = True
+    compensated: bool = True
     order: ColumnOrder = "similarity"
     update: Update | None = None
     asymmetric: float | None = None

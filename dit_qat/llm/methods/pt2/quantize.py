@@ -51,7 +51,7 @@ def quantize_weight(
     blocks = _TernaryBlocks(weight.shape, second_moment.matrix, config)
     result = compensate(
         weight,
-        second_moment,
+        second_moment if config.compensated else _uncorrelated(second_moment),
         blocks,
         config.group_size,
         recipe.update,
@@ -79,6 +79,13 @@ def most_alike(reference: Reference) -> Chooser:
         return nearest
 
     return choose
+
+
+def _uncorrelated(second_moment: SecondMoment) -> SecondMoment:
+    """The same sizes of inputs, of which none can make up for another."""
+    diagonal = second_moment.matrix.diagonal().diag()
+    tokens = torch.tensor(second_moment.tokens)
+    return SecondMoment.from_state({"matrix": diagonal, "tokens": tokens})
 
 
 def _order(config: PT2Config, width: int) -> Chooser | Order | Tensor | None:
