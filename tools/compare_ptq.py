@@ -20,6 +20,7 @@ import torch
 
 from dit_qat.allocation import allocate_bits
 from dit_qat.calibration import CallStore
+from dit_qat.calibration.table import average_bits, bits_table
 from dit_qat.dit.evaluation.images import image_grid, save_png
 from dit_qat.dit.experiment import score
 from dit_qat.dit.methods import (
@@ -47,7 +48,6 @@ from dit_qat.dit.ptq import (
     trajectory_error,
 )
 from dit_qat.dit.ptq.evaluation import output_errors
-from dit_qat.dit.ptq.table import average_bits, bits_table
 from dit_qat.dit.randomness import derive_seed
 from dit_qat.dit.report.plots_policy import policy_plot
 from dit_qat.dit.sampling import SamplerConfig

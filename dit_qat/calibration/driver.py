@@ -2,9 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -12,14 +11,13 @@ from tqdm.auto import tqdm
 from dit_qat.calibration.blocks import BlockChain
 from dit_qat.calibration.calls import CallStore
 from dit_qat.calibration.capture import evaluating
-from dit_qat.calibration.chain import Chain, State
+from dit_qat.calibration.chain import State
+from dit_qat.calibration.gathering import BlockReplay, Gatherer, Paths, grouped
 from dit_qat.calibration.memory import MemoryPlan, plan_memory
 from dit_qat.calibration.state import ResumeState, fingerprint
 from dit_qat.calibration.states import ChainStates
-from dit_qat.calibration.statistics import LinearStatistics, Needs, step_scales
-from dit_qat.calibration.trees import tensors_of
+from dit_qat.calibration.statistics import Needs
 from dit_qat.calibration.view import BlockView, Probe, swapped
-from dit_qat.layers.step_bits import timestep_scope
 
 __all__ = ["Prefix", "check_store", "drive"]
 
@@ -55,7 +53,8 @@ def drive(
         blocks: Name and module, in any order; of :func:`~dit_qat.calibration.blocks.find_blocks`.
         linears: What is quantized, by full name; each lies in a block.
         needs: What is gathered about each.
-        quantize: From the view of a block to modules by full name; what is absent stays float.
+        quantize: From the view of a block to modules by full name, linears of the block that are to
+            be quantized, or other modules in it (norms); what is absent stays as it is.
         prefix: Which blocks before a block are quantized while its statistics are gathered: "all"
             of them, only the "previous" one, or "none".
         state: Where finished blocks are kept; those found there are taken over.
@@ -79,7 +78,7 @@ def drive(
     with evaluating(model):
         chain = BlockChain(model, blocks, linears, store[0])
         run = _Drive(chain, store, needs, prefix, step_weights or {})
-        plan = plan_memory(chain, run.shapes, store, run.groups, needs, prefix == "previous")
+        plan = plan_memory(chain, run.shapes, store, run.groups, needs, run.two_paths)
         plan.check(limit_bytes)
         run.warn_of_few_tokens()
         _LOG.info("calibration of %d blocks on %d calls: %s", len(blocks), len(store), plan)
@@ -99,9 +98,9 @@ class _Drive:
         step_weights: Mapping[str, Tensor],
     ) -> None:
         self.chain, self.store, self.needs, self.prefix = chain, store, needs, prefix
-        self.step_weights = step_weights
         _check_weights(step_weights, chain.watch, store.steps)
-        self.shapes = [chain.of(call) for call in store]
+        self.gatherer = Gatherer(chain, store, needs, step_weights)
+        self.shapes = self.gatherer.shapes
         self.linears = [_within(name, chain.watch) for name, _ in chain.blocks]
         outside = set(chain.watch) - {name for part in self.linears for name in part}
         if outside:
@@ -109,12 +108,18 @@ class _Drive:
                 f"{len(outside)} linears to quantize lie in no block, such as {min(outside)}; skip "
                 "them, or name the blocks around them"
             )
-        self.groups = [_grouped(part, self.shapes, step_weights) for part in self.linears]
+        self.groups = [grouped(part, self.shapes, step_weights) for part in self.linears]
         scratch = None if store.folder is None else store.folder / "states"
         self.states = ChainStates(scratch)
         # With prefix "previous": the calls as a quantized block leaves them behind float ones.
         self.behind = ChainStates(None if scratch is None else scratch / "previous")
+        self.floats = _FloatPath(self.gatherer) if needs.cross_moment and prefix == "all" else None
         self.quantized: list[Mapping[str, nn.Module]] = []
+
+    @property
+    def two_paths(self) -> bool:
+        """Whether calls are held twice."""
+        return self.prefix == "previous" or self.floats is not None
 
     def warn_of_few_tokens(self) -> None:
         """Say where a second moment cannot have full rank."""
@@ -140,6 +145,8 @@ class _Drive:
         finally:
             self.behind.clear()
             self.states.clear()
+            if self.floats is not None:
+                self.floats.states.clear()
 
     def _all_blocks(self, quantize: Quantize, kept: ResumeState | None, progress: bool) -> None:
         total = 2 * len(self.chain.blocks) * len(self.store)
@@ -147,10 +154,14 @@ class _Drive:
         with tqdm(total=total, disable=not progress, unit="call", smoothing=0) as bar:
             for block, (name, _) in enumerate(self.chain.blocks):
                 bar.set_description(name, refresh=False)
-                done = None if kept is None else kept.load(block)
+                done = None if kept is None else kept.load(block, self.chain.model)
+                if self.floats is not None:
+                    self.floats.bring_up(block)
                 modules = self._one_block(block, quantize, bar) if done is None else done
                 if done is None and kept is not None:
-                    kept.save(block, modules)
+                    kept.save(block, modules, self.chain.model)
+                if self.floats is not None:
+                    self.floats.go_on(block, modules)
                 self._enter(modules)
                 if self.states.block == block:
                     self._go_on(block)
@@ -163,12 +174,8 @@ class _Drive:
         self._bring_up(block)
         view = self._view(block, bar)
         modules = dict(quantize(view))
-        unknown = modules.keys() - view.linears.keys()
-        if unknown:
-            raise ValueError(
-                f"the method replaced {min(unknown)} in block {view.name}; it may replace "
-                f"{', '.join(view.linears)}"
-            )
+        for name in modules:
+            view.check_replaceable(name)
         return {name: module.to(self.chain.device).eval() for name, module in modules.items()}
 
     def _enter(self, modules: Mapping[str, nn.Module]) -> None:
@@ -185,100 +192,76 @@ class _Drive:
     def _bring_up(self, block: int) -> None:
         """Have the calls before a block, by running the model up to it unless they are there."""
         if self.states.block != block:
-            self._capture(block, self.states, {})
+            self.gatherer.capture(block, self.states, {})
         if self.prefix == "previous" and block and self.behind.block != block:
-            self._capture(block, self.behind, self.quantized[block - 1])
-
-    def _capture(self, block: int, into: ChainStates, modules: Mapping[str, nn.Module]) -> None:
-        into.begin(block)
-        with swapped(self.chain.model, modules):
-            for index, call in enumerate(self.store):
-                with timestep_scope(call.timestep):
-                    into.put(index, self.chain.capture(call, block))
+            self.gatherer.capture(block, self.behind, self.quantized[block - 1])
 
     def _view(self, block: int, bar: "tqdm[Any]") -> BlockView:
         """Run the float block on all calls and gather what its linears receive."""
-        groups, linears = self.groups[block], self.linears[block]
-        gathered = {name: self._empty(name) for name in groups}
-        scales = {name: self._scales(name) for name in groups}
-        inputs = self.behind if self.behind.block == block else self.states
         wanted, probes = _spread(len(self.store), self.needs.probe_calls), []
-        for index, (step, timestep) in enumerate(self.store.steps_and_timesteps):
-            state = inputs.get(index)
-            with ExitStack() as stack:
-                for name, statistics in gathered.items():
-                    seen = _Seen(index, step, timestep, scales[name].get(step, 1.0))
-                    hook = _listener(name, statistics, seen)
-                    linear = self.chain.watch[name]
-                    handle = linear.register_forward_pre_hook(hook, with_kwargs=True)
-                    stack.callback(handle.remove)
-                self._run(block, index, state)
+
+        def note(index: int, state: State) -> None:
             if index in wanted:
+                timestep = self.store.steps_and_timesteps[index][1]
                 probes.append(Probe(self.shapes[index], state, timestep))
             bar.update()
-        found = {name: gathered[leader] for leader, names in groups.items() for name in names}
+
+        paths, linears = self._paths(block), self.linears[block]
+        found = self.gatherer.gather(block, self.groups[block], paths, each=note)
         ordered = {name: found[name] for name in linears}
-        return BlockView(self.chain, block, linears, ordered, probes, self.store.timesteps)
+        replay = BlockReplay(self.gatherer, block, self.groups[block], paths)
+        return BlockView(self.chain, block, linears, ordered, probes, self.store.timesteps, replay)
+
+    def _paths(self, block: int) -> Paths:
+        inputs = self.behind if self.behind.block == block else self.states
+        if not self.needs.cross_moment:
+            return Paths(inputs, None)
+        return Paths(inputs, self.states if self.floats is None else self.floats.states)
 
     def _go_on(self, block: int) -> None:
         """Push the calls through a block, unless the next one's inputs are computed elsewhere."""
-        following = block + 1
-        if following == len(self.shapes[0].links) or any(
-            chain.links[following].starts for chain in self.shapes
-        ):
+        if not self.gatherer.chained(block + 1):
             self.states.clear()
             self.behind.clear()
             return
         if self.prefix == "previous":
-            self.behind.begin(following)
+            self.behind.begin(block + 1)
             with swapped(self.chain.model, self.quantized[block]):
-                self._push(block, self.behind)
-        self._push(block, self.states)
-        self.states.block = following
-
-    def _push(self, block: int, into: ChainStates) -> None:
-        for index, chain in enumerate(self.shapes):
-            state = self.states.get(index)
-            output = self._run(block, index, state)
-            into.put(index, chain.advance(block, state, output))
-
-    def _run(self, block: int, index: int, state: State) -> Any:
-        with timestep_scope(self.store.steps_and_timesteps[index][1]):
-            return self.chain.run(self.shapes[index], block, state)
-
-    def _empty(self, name: str) -> LinearStatistics:
-        width = self.chain.watch[name].in_features
-        return LinearStatistics(width, len(self.store), self.needs, self.chain.device)
-
-    def _scales(self, name: str) -> Mapping[int, float]:
-        rows = [chain.rows[name] for chain in self.shapes]
-        return step_scales(self.step_weights.get(name), self.store.steps, rows)
+                self.gatherer.push(block, self.states, self.behind)
+        self.gatherer.push(block, self.states, self.states)
+        self.states.block = block + 1
 
 
-class _Seen(NamedTuple):
-    """Which call a linear is in."""
+class _FloatPath:
+    """The calls on their way through float blocks, beside those behind quantized ones.
 
-    call: int
-    step: int
-    timestep: float
-    weight: float
+    A block is passed before it is quantized; where the next one's inputs are computed anew, they
+    are captured from the model with its float modules put back, which are kept for that.
+    """
 
+    def __init__(self, gatherer: Gatherer) -> None:
+        self.gatherer = gatherer
+        folder = gatherer.store.folder
+        # Beside the other states, which clear their folder with all that is in it.
+        self.states = ChainStates(None if folder is None else folder / "float_states")
+        self.segments = any(link.starts for chain in gatherer.shapes for link in chain.links[1:])
+        self.originals: dict[str, nn.Module] = {}
 
-def _listener(
-    name: str, statistics: LinearStatistics, seen: _Seen
-) -> Callable[[nn.Module, Any, Any], None]:
-    def hear(_: nn.Module, args: Any, kwargs: Any) -> None:
-        (x,) = tensors_of((args, kwargs))
-        try:
-            statistics.add(x, seen.call, seen.step, seen.weight)
-        except ValueError as error:
-            raise ValueError(
-                f"layer {name} at timestep {seen.timestep:g}: {error}; the weights are damaged or "
-                "the dtype overflows (try float32 or bfloat16); finished blocks are kept if the "
-                "run has a state folder"
-            ) from error
+    def bring_up(self, block: int) -> None:
+        """Have the calls before a block."""
+        if self.states.block != block:
+            self.gatherer.capture(block, self.states, self.originals)
 
-    return hear
+    def go_on(self, block: int, replaced: Collection[str]) -> None:
+        """Push the calls through a block that is float still, some modules of which go now."""
+        if self.segments:
+            model = self.gatherer.chain.model
+            self.originals |= {name: model.get_submodule(name) for name in replaced}
+        if self.gatherer.chained(block + 1):
+            self.gatherer.push(block, self.states, self.states)
+            self.states.block = block + 1
+        else:
+            self.states.clear()
 
 
 def check_store(model: nn.Module, store: CallStore) -> None:
@@ -315,18 +298,6 @@ def _check_weights(
 
 def _within(block: str, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
     return {n: x for n, x in linears.items() if n == block or n.startswith(f"{block}.")}
-
-
-def _grouped(
-    linears: Mapping[str, nn.Linear], shapes: Sequence[Chain], weights: Mapping[str, Tensor]
-) -> dict[str, tuple[str, ...]]:
-    """Linears whose statistics are the same, by the one that listens for them."""
-    common = set(shapes[0].shared).intersection(*(chain.shared for chain in shapes))
-    groups: dict[str, tuple[str, ...]] = {name: (name,) for name in linears}
-    for group in common:
-        mine = tuple(name for name in group if name in linears and name not in weights)
-        groups |= dict.fromkeys(mine, mine)
-    return {name: group for name, group in groups.items() if group[0] == name}
 
 
 def _spread(total: int, count: int) -> set[int]:

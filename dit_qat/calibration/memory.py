@@ -1,6 +1,6 @@
 """What a run of the block driver will take at most, said before it starts."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,6 +14,7 @@ from dit_qat.primitives.compensation import compensation_bytes
 __all__ = ["MemoryPlan", "plan_memory"]
 
 _COPIES = 12  # of a weight in float32, while its scales, rotation or branch are looked for
+_CROSSING = 3  # matrices of a layer's inputs by its inputs, while a cross moment is worked with
 _READING = 10  # bytes per number while statistics of it are taken: float32, and which are finite
 
 
@@ -82,6 +83,8 @@ def plan_memory(
         groups: By block: the linear whose statistics are gathered, and those that share them.
         needs: What is gathered.
         two_paths: Whether calls are held behind float and behind quantized blocks.
+
+    With cross moments, what the linears of a block receive on the float path is held for one call.
     """
     count = len(chain.blocks)
     sizes = {shape: [shape.bytes_at(k) for k in range(count)] for shape in set(shapes)}
@@ -100,7 +103,7 @@ def plan_memory(
         statistics=max(statistics, default=0),
         weights=_weights(chain.model) + linears,
         probes=_probes(chain.model, min(needs.probe_calls, len(store)) * widest),
-        work=max(_running(chain, set(shapes)), _solving(chain, needs)),
+        work=max(_running(chain, set(shapes), groups, needs), _solving(chain, needs)),
     )
 
 
@@ -109,17 +112,32 @@ def _probes(model: nn.Module, inputs: int) -> int:
     return inputs + inputs * 4 // next(model.parameters()).element_size()
 
 
-def _running(chain: BlockChain, shapes: Collection[Chain]) -> int:
+def _running(
+    chain: BlockChain,
+    shapes: Collection[Chain],
+    groups: Sequence[Mapping[str, Sequence[str]]],
+    needs: Needs,
+) -> int:
+    size = next(chain.model.parameters()).element_size()
+
     def reading(shape: Chain) -> int:
         numbers = (shape.rows[name] * linear.in_features for name, linear in chain.watch.items())
         return _READING * max(numbers)
 
-    return max(shape.work + reading(shape) for shape in shapes)
+    def inputs(shape: Chain, leaders: Iterable[str]) -> int:
+        return size * sum(shape.rows[name] * chain.watch[name].in_features for name in leaders)
+
+    def held(shape: Chain) -> int:
+        return max(inputs(shape, leaders) for leaders in groups) if needs.cross_moment else 0
+
+    return max(shape.work + reading(shape) + held(shape) for shape in shapes)
 
 
 def _solving(chain: BlockChain, needs: Needs) -> int:
     sizes = {(linear.out_features, linear.in_features) for linear in chain.watch.values()}
     solver = max(compensation_bytes(*size) for size in sizes) if needs.second_moment else 0
+    if needs.cross_moment:
+        solver += 4 * _CROSSING * max(width * width for _, width in sizes)
     return solver + 4 * _COPIES * max(rows * width for rows, width in sizes)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dit_qat.calibration.trees import load_tree, replacing, save_tree, tensors_of
+from dit_qat.layers.coded_linear import CodedLinear
 from dit_qat.layers.int_linear import IntLinear, IntLinearConfig
+from dit_qat.layers.weight_code import Room, code_named
 
 __all__ = ["ModuleCodec", "ResumeState", "fingerprint", "register_codec", "tensors_digest"]
 
@@ -45,17 +48,70 @@ class _IntLinearCodec:
         return IntLinear(**{**description, "config": config}, device="meta")
 
 
-def _sizes(module: nn.Linear | IntLinear) -> dict[str, Any]:
+class _CodedLinearCodec:
+    def describe(self, module: CodedLinear) -> dict[str, Any]:
+        tensors = {name: module.get_buffer(name) for name in module.code_names}
+        rooms = {
+            n: [list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in tensors.items()
+        }
+        return {
+            **_sizes(module),
+            "code": module.kind.name,
+            "settings": module.settings,
+            "rooms": rooms,
+        }
+
+    def build(self, description: Mapping[str, Any]) -> nn.Module:
+        given = dict(description)
+        return CodedLinear.with_room(
+            code_named(given["code"]),
+            given["settings"],
+            (given["out_features"], given["in_features"]),
+            {n: Room(tuple(s), getattr(torch, t)) for n, (s, t) in given["rooms"].items()},
+            given["bias"],
+        )
+
+
+def _sizes(module: nn.Linear | IntLinear | CodedLinear) -> dict[str, Any]:
     sizes = {"in_features": module.in_features, "out_features": module.out_features}
     return {**sizes, "bias": module.bias is not None}
 
 
-_CODECS: dict[str, ModuleCodec] = {"Linear": _LinearCodec(), "IntLinear": _IntLinearCodec()}
+_CODECS: dict[str, ModuleCodec] = {
+    "Linear": _LinearCodec(),
+    "IntLinear": _IntLinearCodec(),
+    "CodedLinear": _CodedLinearCodec(),
+}
 
 
 def register_codec(module_class: type[nn.Module], codec: ModuleCodec) -> None:
     """Teach :class:`ResumeState` to keep modules of another class."""
     _CODECS[module_class.__name__] = codec
+
+
+class _TwinCodec:
+    """Modules that differ from the one in the model by their values alone, such as norms."""
+
+    def __init__(self, original: nn.Module) -> None:
+        self.original = original
+
+    def describe(self, module: nn.Module) -> dict[str, Any]:
+        return {}
+
+    def build(self, description: Mapping[str, Any]) -> nn.Module:
+        return deepcopy(self.original)
+
+
+def _codec(name: str, kind: str, model: nn.Module | None) -> ModuleCodec:
+    if kind in _CODECS:
+        return _CODECS[kind]
+    original = None if model is None else model.get_submodule(name)
+    if original is None or type(original).__name__ != kind:
+        raise ValueError(
+            f"{name} is a {kind}, which no finished block can be kept with; register a codec for "
+            "it, or run without a state folder"
+        )
+    return _TwinCodec(original)
 
 
 class ResumeState:
@@ -84,8 +140,16 @@ class ResumeState:
 
             replacing(path, write)
 
-    def save(self, index: int, modules: Mapping[str, nn.Module]) -> None:
+    def save(
+        self, index: int, modules: Mapping[str, nn.Module], model: nn.Module | None = None
+    ) -> None:
         """Keep the modules of a finished block, by full name.
+
+        Args:
+            index: Of the block.
+            modules: What the block is quantized with.
+            model: In which they take the place of others; modules of the same classes as those
+                need no codec.
 
         Raises:
             ValueError: for a module of a class without codec.
@@ -93,18 +157,17 @@ class ResumeState:
         entries = {}
         for name, module in modules.items():
             kind = type(module).__name__
-            if kind not in _CODECS:
-                raise ValueError(
-                    f"{name} is a {kind}, which no finished block can be kept with; register a "
-                    "codec for it, or run without a state folder"
-                )
             tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, Tensor)}
-            description = _CODECS[kind].describe(module)
+            description = _codec(name, kind, model).describe(module)
             entries[name] = {"kind": kind, "description": description, "tensors": tensors}
         save_tree(self._path(index), entries)
 
-    def load(self, index: int) -> dict[str, nn.Module] | None:
+    def load(self, index: int, model: nn.Module | None = None) -> dict[str, nn.Module] | None:
         """The modules of a block, on the CPU; None if it was not finished.
+
+        Args:
+            index: Of the block.
+            model: As for :meth:`save`.
 
         Raises:
             ValueError: if its file is damaged.
@@ -114,9 +177,7 @@ class ResumeState:
             return None
         found = {}
         for name, entry in load_tree(path).items():
-            if entry["kind"] not in _CODECS:
-                raise ValueError(f"{path} holds a {entry['kind']}, unknown here; remove the folder")
-            module = _CODECS[entry["kind"]].build(entry["description"])
+            module = _codec(name, entry["kind"], model).build(entry["description"])
             _fill(module, entry["tensors"])
             found[name] = module
         return found

@@ -20,7 +20,9 @@ class Needs:
 
     Attributes:
         second_moment: X^T X, in^2 numbers.
-        moment_tokens: Rows of each call that enter the second moment; None: all.
+        cross_moment: (X_fp - X)^T X, in^2 numbers, X_fp being what the float model feeds the layer
+            on the same tokens (GPTAQ, arXiv:2504.02692); a second, float path is carried along.
+        moment_tokens: Rows of each call that enter the moments; None: all.
         tokens: Rows of X to keep, spread evenly over the calls.
         ranges: Least, greatest and greatest absolute value of every channel.
         call_ranges: Greatest absolute values call by call, too.
@@ -28,6 +30,7 @@ class Needs:
     """
 
     second_moment: bool = False
+    cross_moment: bool = False
     moment_tokens: int | None = None
     tokens: int = 0
     ranges: bool = True
@@ -42,7 +45,8 @@ class Needs:
 
     def bytes(self, width: int, calls: int) -> int:
         """What the statistics of a layer with ``width`` inputs take."""
-        numbers = width * width * self.second_moment + self.tokens * (width + 2)
+        numbers = width * width * (self.second_moment + self.cross_moment)
+        numbers += self.tokens * (width + 2)
         numbers += 3 * width * self.ranges + calls * width * self.call_ranges
         return 4 * numbers
 
@@ -66,40 +70,62 @@ class LinearStatistics:
         self.width, self.tokens = width, 0
         self._calls, self._needs = calls, needs
         self._moment = SecondMoment(width, device=device) if needs.second_moment else None
+        self._cross = torch.zeros(width, width, device=device) if needs.cross_moment else None
         self._low = torch.full((width,), torch.inf, device=device)
         self._high = torch.full((width,), -torch.inf, device=device)
         self._call_absmax = torch.zeros(calls if needs.call_ranges else 0, width, device=device)
         self._rows: list[Tensor] = []
         self._row_steps: list[Tensor] = []
 
-    def add(self, x: Tensor, call: int, step: int = 0, weight: float = 1.0) -> None:
+    def add(
+        self,
+        x: Tensor,
+        call: int,
+        step: int = 0,
+        weight: float = 1.0,
+        reference: Tensor | None = None,
+    ) -> None:
         """Take the rows of call number ``call``.
 
         Args:
             x: Inputs (..., width).
             call: Which of the calls it is.
             step: Its sampler step.
-            weight: Of its part in the second moment.
+            weight: Of its part in the moments.
+            reference: What the float model has in the place of x; for the cross moment.
 
         Raises:
             ValueError: if values are not finite.
         """
-        rows = x.detach().reshape(-1, self.width).float()
-        if not bool(rows.isfinite().all()):
-            bad = int((~rows.isfinite()).any(dim=1).sum())
-            raise ValueError(f"{bad} of {len(rows)} inputs hold NaN or infinite values")
+        rows = self._rows_of(x)
         self.tokens += len(rows)
         if self._needs.ranges or self._needs.call_ranges:
             self._add_ranges(rows, call)
-        if self._moment is not None:
-            limit = self._needs.moment_tokens or len(rows)
-            some = _sample(rows, limit, call)
-            # Rows that were left out are stood for by the others.
-            self._moment.add(some, weight * len(rows) / max(len(some), 1))
+        self._add_moments(rows, call, weight, reference)
         before, after = (self._needs.tokens * n // self._calls for n in (call, call + 1))
         if after > before:
             self._rows.append(_sample(rows, after - before, call))
             self._row_steps.append(torch.full((len(self._rows[-1]),), step))
+
+    def _rows_of(self, x: Tensor) -> Tensor:
+        rows = x.detach().reshape(-1, self.width).float()
+        if not bool(rows.isfinite().all()):
+            bad = int((~rows.isfinite()).any(dim=1).sum())
+            raise ValueError(f"{bad} of {len(rows)} inputs hold NaN or infinite values")
+        return rows
+
+    def _add_moments(
+        self, rows: Tensor, call: int, weight: float, reference: Tensor | None
+    ) -> None:
+        some = _sample(rows, self._needs.moment_tokens or len(rows), call)
+        # Rows that were left out are stood for by the others.
+        weight *= len(rows) / max(len(some), 1)
+        if self._moment is not None:
+            self._moment.add(some, weight)
+        if self._cross is not None:
+            assert reference is not None
+            exact = _sample(self._rows_of(reference), len(some), call)
+            self._cross.addmm_((exact - some).T, some, alpha=weight)
 
     def _add_ranges(self, rows: Tensor, call: int) -> None:
         low, high = rows.aminmax(dim=0)
@@ -112,6 +138,11 @@ class LinearStatistics:
     def second_moment(self) -> SecondMoment | None:
         """X^T X (in, in), weighted by step if the method asked for it; None if not needed."""
         return self._moment
+
+    @property
+    def cross_moment(self) -> Tensor | None:
+        """(X_fp - X)^T X (in, in), weighted as the second moment; None if not needed."""
+        return self._cross
 
     @property
     def low(self) -> Tensor:

@@ -1,9 +1,9 @@
 """What a method sees of the block that is being quantized."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,23 @@ from dit_qat.calibration.statistics import LinearStatistics
 from dit_qat.calibration.trees import map_tensors, tensors_of
 from dit_qat.layers.step_bits import timestep_scope
 
-__all__ = ["BlockView", "Probe", "swapped"]
+__all__ = ["BlockView", "Listener", "Probe", "Replay", "swapped"]
 
 Replacements = Mapping[str, nn.Module]
+Listener = Callable[[Any, Any, Any], None]
+"""Told the arguments, the keyword arguments and the output of a module."""
+
+
+class Replay(Protocol):
+    """Runs the block on all calls again."""
+
+    def statistics(
+        self, names: Collection[str], replacements: Replacements
+    ) -> dict[str, LinearStatistics]:
+        """Statistics of some linears with modules replaced."""
+
+    def listen(self, listeners: Mapping[str, Listener], replacements: Replacements) -> None:
+        """Tell of modules with modules replaced."""
 
 
 class Probe(NamedTuple):
@@ -48,17 +62,69 @@ class BlockView:
         statistics: Mapping[str, LinearStatistics],
         probes: Sequence[Probe],
         timesteps: Mapping[int, float],
+        replay: Replay,
     ) -> None:
         self.index, (self.name, self.block) = index, chain.blocks[index]
         self.linears, self.statistics = dict(linears), dict(statistics)
         self.timesteps = dict(timesteps)
-        self._chain, self._probes = chain, probes
+        self._chain, self._probes, self._replay = chain, probes, replay
         groups = probes[0].chain.shared if probes else ()
         mine = [tuple(name for name in group if name in linears) for group in groups]
         self.shared_inputs = [group for group in mine if len(group) > 1]
         # Of one module at a time: those of all would add up to many times the block's inputs.
         self._references: tuple[str | None, list[Tensor]] | None = None
         self._inputs: list[Any] = []
+
+    def check_replaceable(self, name: str) -> None:
+        """Refuse to replace what is not this block's, and linears that are to stay float.
+
+        Raises:
+            ValueError: naming it.
+        """
+        inside = name.startswith(f"{self.name}.")
+        if name in self.linears or (
+            inside and not isinstance(self._chain.model.get_submodule(name), nn.Linear)
+        ):
+            return
+        raise ValueError(
+            f"the method replaced {name} in block {self.name}; it may replace "
+            f"{', '.join(self.linears)}, and what is no linear layer"
+        )
+
+    @torch.no_grad()
+    def statistics_behind(
+        self, replacements: Replacements, names: Collection[str] | None = None
+    ) -> dict[str, LinearStatistics]:
+        """Gather the statistics of linears anew, on all calls, with modules of the block replaced.
+
+        Methods that quantize a block in stages (q, k, v first, then what they feed) ask for it.
+
+        Args:
+            replacements: Modules by full name; the others stay float.
+            names: Linears; None: all that are not replaced.
+
+        Raises:
+            ValueError: for linears that are replaced, or are none of the block's.
+        """
+        names = [n for n in self.linears if n not in replacements] if names is None else names
+        wrong = [name for name in names if name not in self.linears or name in replacements]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is replaced itself, or no linear of block {self.name}")
+        found = self._replay.statistics(names, replacements)
+        return {name: found[name] for name in names}
+
+    @torch.no_grad()
+    def listen(
+        self, listeners: Mapping[str, Listener], replacements: Replacements | None = None
+    ) -> None:
+        """Run the block on all calls, and tell what some of its modules are given and give.
+
+        Args:
+            listeners: By full name of a module in the block; each is told the arguments, keyword
+                arguments and output of every call, in the order of the calls.
+            replacements: Modules by full name; the others stay float.
+        """
+        self._replay.listen(listeners, replacements or {})
 
     @torch.no_grad()
     def error(self, replacements: Replacements, submodule: str | None = None) -> float:

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dit_qat import load_quantized
 from dit_qat.cli.sources import load_source
 from dit_qat.dit.models.packed_source import locate_weights
 from dit_qat.dit.training.loading import read_checkpoint
 from dit_qat.export.files import write_json
 from dit_qat.export.inspect import LayerDescription, ModelDescription, describe
-from dit_qat.export.loader import load_quantized
 from dit_qat.export.sizes import Disk, Size, Sizes, measure, packed_disk
 from dit_qat.layers import PackedLinear
 

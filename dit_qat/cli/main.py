@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -31,10 +31,12 @@ class Verb:
     Attributes:
         summary: One line for ``dit-qat --help``.
         module: Where the function of the verb's name lives; None for Lightning's verbs.
+        inner: Summaries of the verbs that follow this one, whose functions are there instead.
     """
 
     summary: str
     module: str | None = None
+    inner: Mapping[str, str] = field(default_factory=dict)
 
 
 VERBS = {
@@ -59,6 +61,16 @@ VERBS = {
     "ptq": Verb("Quantize a trained DiT or pipeline, with a report", "dit_qat.cli.ptq"),
     "export": Verb("Pack a quantized checkpoint into a small folder", "dit_qat.cli.export"),
     "inspect": Verb("Layers, bits and sizes of a checkpoint or of weights", "dit_qat.cli.inspect"),
+    "llm": Verb(
+        "Language models: quantize, evaluate, generate, export",
+        "dit_qat.cli.llm",
+        {
+            "quantize": "Quantize a language model block by block into a packed folder",
+            "evaluate": "Measure perplexity on a text, and accuracy in zero-shot tasks",
+            "generate": "Continue a text",
+            "export": "Write a packed model as a plain folder of transformers",
+        },
+    ),
 }
 
 
@@ -79,7 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     verb = given[0]
     if verb not in VERBS:
-        return _fail("dit-qat", _unknown(verb))
+        return _fail("dit-qat", _unknown(verb, VERBS))
+    inner = VERBS[verb].inner
+    if inner and (len(given) < 2 or given[1] in ("-h", "--help")):
+        print(_listing(f"dit-qat {verb}", inner))
+        return 0
+    if inner and given[1] not in inner:
+        return _fail(f"dit-qat {verb}", _unknown(given[1], inner))
     try:
         return _run(verb, given[1:])
     except KeyboardInterrupt:
@@ -107,8 +125,12 @@ def _run(verb: str, arguments: list[str]) -> int:
         return run_training([verb, *arguments])
     from dit_qat.cli.verbs import run_function
 
-    function = getattr(import_module(module), verb.replace("-", "_"))
-    run_function(function, f"dit-qat {verb}", arguments)
+    names = [verb]
+    if VERBS[verb].inner:
+        names.append(arguments[0])
+        arguments = arguments[1:]
+    function = getattr(import_module(module), names[-1].replace("-", "_"))
+    run_function(function, f"dit-qat {' '.join(names)}", arguments)
     return 0
 
 
@@ -135,25 +157,38 @@ def _readable(message: str) -> str:
     return "\n".join(lines).strip().removeprefix("- ") if lines else message
 
 
-def _unknown(verb: str) -> str:
-    near = get_close_matches(verb, VERBS, n=3) or list(VERBS)
+def _unknown(verb: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = get_close_matches(verb, known, n=3) or known
     return f"there is no verb {verb!r}; near names: {', '.join(near)} (dit-qat --help lists all)"
 
 
 def _overview() -> str:
-    width = max(map(len, VERBS))
-    lines = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    about = (
+        "Train, sample and score diffusion transformers at 1.58-bit weights and 2-4 bit",
+        "activations; quantize language models to 0.55-3 bits.",
+        "",
+    )
+    summaries = {name: verb.summary for name, verb in VERBS.items()}
+    return _listing("dit-qat", summaries, "[--help] [--version] VERB ...", about)
+
+
+def _listing(
+    program: str,
+    summaries: Mapping[str, str],
+    usage: str = "[--help] VERB ...",
+    about: Iterable[str] = (),
+) -> str:
+    width = max(map(len, summaries))
     return "\n".join(
         [
-            "usage: dit-qat [--help] [--version] VERB ...",
+            f"usage: {program} {usage}",
             "",
-            "Train, sample and score diffusion transformers at 1.58-bit weights and 2-4 bit "
-            "activations.",
-            "",
+            *about,
             "verbs:",
-            *lines,
+            *(f"  {name:<{width}}  {summary}" for name, summary in summaries.items()),
             "",
-            "dit-qat VERB --help lists a verb's options; every verb takes --config FILE.yaml and",
-            "--print_config.",
+            f"{program} VERB --help lists a verb's options; every verb takes --config FILE.yaml",
+            "and --print_config.",
         ]
     )

@@ -42,6 +42,10 @@ class ModuleEntry(Protocol):
     def by_timestep(self) -> bool:
         """Whether the layer asks for the model's timestep."""
 
+    @property
+    def adds_bias(self) -> bool:
+        """Whether there may be a bias where the float layer has none."""
+
     def make(self, device: torch.device | str) -> nn.Module:
         """A layer with room for the tensors.
 
@@ -63,6 +67,13 @@ class ModuleEntry(Protocol):
 
         Raises:
             ValueError: for values that no writer writes.
+        """
+
+    def check(self, layer: nn.Module) -> None:
+        """Check a layer of :meth:`make` that has all its tensors.
+
+        Raises:
+            ValueError: for tensors that do not fit together.
         """
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dit_qat.export.int_entry import IntEntry
-from dit_qat.layers import IntLinear, PackedLinear, QuantAttention, QuantLinear
+from dit_qat.layers import CodedLinear, IntLinear, PackedLinear, QuantAttention, QuantLinear
 from dit_qat.primitives.formats import Ternary
 from dit_qat.primitives.hadamard import Rotation, hadamard_factors
 from dit_qat.primitives.packing import count_ternary
@@ -44,13 +44,15 @@ class LayerDescription:
 
     Attributes:
         name: Dotted name in the model.
-        kind: "ternary", "int" or, for what stays float, the name of the module's class.
+        kind: "ternary", "int", the name of a weight's code or, for what stays float, the name of
+            the module's class.
         shape: Of the weight; (out, in) for linear layers.
         weights: Numbers in the weight.
         parameters: Numbers in weight, bias and branch.
         float_parameters: The part of ``parameters`` that is no code.
         scales: Float scales of the weight.
-        side_bits: Of scales, zero points, and vectors of the input's transform, together.
+        side_bits: Of scales, zero points, and vectors of the input's transform, together; of a
+            weight's code, all that it stores beyond its nominal bits.
         weight_bits: Nominal bits per weight.
         activation_bits: Nominal bits of the input, the mean over the timesteps of a policy; 32
             where it stays float.
@@ -230,7 +232,7 @@ def describe(model: nn.Module, per_image: Sequence[str] = PER_IMAGE) -> ModelDes
     layers = tuple(
         _describe_module(name, module, any(fnmatchcase(name, glob) for glob in per_image))
         for name, module in model.named_modules()
-        if isinstance(module, PackedLinear | IntLinear)
+        if isinstance(module, PackedLinear | IntLinear | CodedLinear)
         or next(module.parameters(recurse=False), None) is not None
     )
     if not layers:
@@ -250,6 +252,8 @@ def _describe_module(name: str, module: nn.Module, per_image: bool) -> LayerDesc
         return _describe_ternary(name, module, module.scale.numel(), zeros, per_image)
     if isinstance(module, IntLinear):
         return _describe_int(name, module, per_image)
+    if isinstance(module, CodedLinear):
+        return _describe_coded(name, module, per_image)
     if isinstance(module, QuantLinear):
         with torch.no_grad():
             codes, scale = module.config.weight.quantize(module.weight)
@@ -324,6 +328,23 @@ def _describe_int(name: str, layer: IntLinear, per_image: bool) -> LayerDescript
         ),
         transform=tuple(step.kind for step in config.steps),
         policy=entry.by_timestep,
+        per_image=per_image,
+        quantized=True,
+    )
+
+
+def _describe_coded(name: str, layer: CodedLinear, per_image: bool) -> LayerDescription:
+    weights, nominal = layer.out_features * layer.in_features, layer.nominal_weight_bits
+    floats = 0 if layer.bias is None else layer.out_features
+    return LayerDescription(
+        name=name,
+        kind=layer.kind.name,
+        shape=(layer.out_features, layer.in_features),
+        weights=weights,
+        parameters=weights + floats,
+        float_parameters=floats,
+        side_bits=round(weights * (layer.effective_weight_bits - nominal)),
+        weight_bits=nominal,
         per_image=per_image,
         quantized=True,
     )

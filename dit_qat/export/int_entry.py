@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -67,6 +66,11 @@ class IntEntry:
         return self.config.step_bits is not None
 
     @property
+    def adds_bias(self) -> bool:
+        """Whether there may be a bias where the float layer has none: corrections of means."""
+        return True
+
+    @property
     def weights(self) -> str:
         """What the weights are, in a word."""
         return f"{self.config.grid.bits}-bit"
@@ -74,10 +78,7 @@ class IntEntry:
     @property
     def activation_bits(self) -> float | None:
         """Mean over the timesteps of a policy; None where the input stays float."""
-        activation, step_bits = self.config.activation, self.config.step_bits
-        if step_bits is not None:
-            return fmean(step_bits.bits)
-        return None if activation is None else activation.bits
+        return self.config.activation_bits
 
     def make(self, device: torch.device | str) -> nn.Module:
         """A layer with room for the tensors."""
@@ -159,6 +160,9 @@ class IntEntry:
         else:
             _check_order(stored)
         return stored
+
+    def check(self, layer: nn.Module) -> None:
+        """Every tensor was checked alone, and nothing more can be wrong."""
 
 
 def check_lowest(packed: Tensor, bits: int) -> None:

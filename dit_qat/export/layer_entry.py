@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_qat.export.finite import check_finite
 from dit_qat.export.plain import (
@@ -91,6 +91,11 @@ class LayerEntry:
         )
 
     @property
+    def adds_bias(self) -> bool:
+        """Whether there may be a bias where the float layer has none: never."""
+        return False
+
+    @property
     def weights(self) -> str:
         """What the weights are, in a word."""
         return "ternary"
@@ -138,6 +143,9 @@ class LayerEntry:
             return stored
         check_base3(stored, self.in_features)
         return base3_to_ternary(stored, self.in_features)
+
+    def check(self, layer: nn.Module) -> None:
+        """Every tensor was checked alone, and nothing more can be wrong."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""

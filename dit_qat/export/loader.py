@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from dit_qat.export.entry import owned
 from dit_qat.export.finite import check_finite
-from dit_qat.export.manifest import TENSOR_FILE, Manifest, read_manifest_and_digest
+from dit_qat.export.manifest import (
+    TENSOR_FILE,
+    Manifest,
+    file_header,
+    read_manifest_and_digest,
+)
 from dit_qat.export.registry import architecture_named, timestep_argument
 from dit_qat.export.skeleton import build_skeleton, check_names, check_tensors, listed
 from dit_qat.export.tensor_file import Place, TensorFile, open_tensors
 from dit_qat.layers import follow_timesteps_
 
 __all__ = ["load_quantized"]
-
-DIGEST_KEY = "config_sha256"
 
 _MOST_THREADS = 4
 
@@ -44,9 +47,8 @@ def load_quantized(folder: Path | str, device: torch.device | str = "cpu") -> nn
     folder = Path(folder)
     manifest, digest = read_manifest_and_digest(folder)
     with open_tensors(folder / TENSOR_FILE) as file:
-        _check_digest(folder, file.metadata, digest)
         try:
-            _check_version(file.metadata, manifest)
+            _check_header(file.metadata, file_header(manifest, digest))
             check_names("the file", file.places, manifest.tensors, "config.json lists")
             file.fetch()
             with _loading(file, manifest) as coming:  # the disk and they work during the build
@@ -58,9 +60,23 @@ def load_quantized(folder: Path | str, device: torch.device | str = "cpu") -> nn
                     if owned(name, manifest.layers) is None:
                         tensor = _computing(tensor)
                     _install(modules[owner], leaf, tensor.to(device))
+            finished = _finished(model, manifest)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
-    return model.to(device).eval().requires_grad_(False)
+    return finished.to(device).eval().requires_grad_(False)
+
+
+def _finished(model: nn.Module, manifest: Manifest) -> nn.Module:
+    """Check every packed layer as a whole, and let the architecture add what belongs to it."""
+    for name, entry in manifest.layers.items():
+        try:
+            entry.check(model.get_submodule(name))
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+    finish = architecture_named(manifest.architecture).finish
+    if finish is not None:
+        finish(model, manifest.carried())
+    return model
 
 
 def _built(manifest: Manifest, places: Mapping[str, Place]) -> nn.Module:
@@ -98,20 +114,18 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _check_digest(folder: Path, metadata: Mapping[str, str], digest: str) -> None:
-    if metadata.get(DIGEST_KEY) != digest:
+def _check_header(metadata: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    digest = next(key for key in expected if key.endswith("_sha256"))
+    if metadata.get(digest) != expected[digest]:
         raise ValueError(
-            f"{folder}: config.json is not the one that was written with {TENSOR_FILE} (its sha256 "
+            f"config.json is not the one that was written with {TENSOR_FILE} (its sha256 "
             "differs), so it was damaged, changed or mixed with another export; copy the whole "
             "folder again, or export it again"
         )
-
-
-def _check_version(metadata: Mapping[str, str], manifest: Manifest) -> None:
-    if metadata.get("version") != str(manifest.version):
+    if metadata.get("version") != expected["version"]:
         raise ValueError(
             f"the header of {TENSOR_FILE} has version {metadata.get('version')!r}, and config.json "
-            f"{manifest.version}; export it again"
+            f"{expected['version']}; export it again"
         )
 
 
@@ -164,7 +178,8 @@ def _check_complete(model: nn.Module, manifest: Manifest) -> None:
     own = chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     )
-    rest = [name for name, t in own if t.is_meta and name not in manifest.tensors]
+    known = {*manifest.tensors, *architecture_named(manifest.architecture).tied(model)}
+    rest = [name for name, t in own if t.is_meta and name not in known]
     if rest:
         raise ValueError(
             f"the builder of {manifest.architecture!r} leaves {listed(rest)} without values; it "

@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dit_qat.export.coded_entry import CODED_LINEAR, CodedEntry
 from dit_qat.export.entry import ModuleEntry
 from dit_qat.export.int_entry import INT_LINEAR, IntEntry
 from dit_qat.export.layer_entry import LINEAR, LayerEntry
@@ -14,24 +15,36 @@ from dit_qat.layers import AttentionConfig
 
 __all__ = [
     "CONFIG_FILE",
+    "DIGEST_KEY",
     "FORMAT",
+    "QUANT_METHOD",
     "TENSOR_FILE",
     "VERSIONS",
     "Manifest",
     "TensorEntry",
+    "carried_digest",
+    "file_header",
     "is_packed_folder",
+    "manifest_of",
     "read_manifest",
 ]
 
 FORMAT = "dit_qat.packed"
-VERSIONS = (1, 2)
+QUANT_METHOD = "dit_qat"  # by which transformers finds its quantizer
+VERSIONS = (1, 2, 3)
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "model.safetensors"
 
+_CARRIER = "quantization_config"  # the part of transformers' config.json that holds a manifest
+DIGEST_KEY = "config_sha256"
+
+_EMBEDDED = "manifest_sha256"
+_FIRST_EMBEDDED = 3
 _ATTENTION = "attention"
 _LINEARS: dict[str, Callable[[Mapping[str, Any]], ModuleEntry]] = {
     LINEAR: LayerEntry.from_json,
     INT_LINEAR: IntEntry.from_json,
+    CODED_LINEAR: CodedEntry.from_json,
 }
 _KEYS = {"format", "version", "architecture", "modules", "tensors", "provenance", "written_by"}
 
@@ -57,6 +70,8 @@ class Manifest:
         provenance: Source checkpoint, training, data, metrics: plain values, not interpreted.
         written_by: Versions.
         version: Of the format.
+        embedded: Whether ``config.json`` is that of transformers, the architecture's arguments,
+            with all the rest inside.
     """
 
     architecture: str
@@ -67,6 +82,7 @@ class Manifest:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     written_by: Mapping[str, str] = field(default_factory=dict)
     version: int = 1
+    embedded: bool = False
 
     @property
     def activation_bits(self) -> dict[str, float | None]:
@@ -82,19 +98,54 @@ class Manifest:
         Raises:
             ValueError: for arguments or provenance that are no plain, finite values.
         """
+        if self.embedded:
+            content = {**self.arguments, _CARRIER: self.carried()}
+            return _rendered(content, depth=3) + "\n"
+        architecture = {"name": self.architecture, "arguments": dict(self.arguments)}
+        return _rendered({**self._sections(), "architecture": architecture}, depth=2) + "\n"
+
+    def carried(self) -> dict[str, Any]:
+        """What a ``config.json`` of transformers says about quantization."""
+        return {
+            **self._sections(),
+            "architecture": self.architecture,
+            "quant_method": QUANT_METHOD,
+        }
+
+    def _sections(self) -> dict[str, Any]:
         modules = {name: entry.as_json() for name, entry in self.layers.items()}
         for name, bits in self.attention_bits.items():
             modules[name] = {"kind": _ATTENTION, "bits": bits}
-        sections = {
-            "architecture": {"name": self.architecture, "arguments": dict(self.arguments)},
+        return {
             "format": FORMAT,
             "modules": modules,
             "provenance": dict(self.provenance),
-            "tensors": {name: entry._asdict() for name, entry in self.tensors.items()},
+            "tensors": {
+                name: entry._asdict() | {"shape": list(entry.shape)}
+                for name, entry in self.tensors.items()
+            },
             "version": self.version,
             "written_by": dict(self.written_by),
         }
-        return _rendered(sections, depth=2) + "\n"
+
+
+def file_header(manifest: Manifest, digest: str) -> dict[str, str]:
+    """What the header of the tensor file says, beside the tensors.
+
+    Args:
+        manifest: Of the folder.
+        digest: Of the bytes of ``config.json``, or of what is embedded there.
+    """
+    version = str(manifest.version)
+    if manifest.embedded:  # transformers asks for the format "pt"
+        return {"format": "pt", "quant_method": QUANT_METHOD, "version": version, _EMBEDDED: digest}
+    return {"format": FORMAT, "version": version, DIGEST_KEY: digest}
+
+
+def carried_digest(carried: Mapping[str, Any]) -> str:
+    """sha256 of what is embedded, however it is laid out; of JSON without spaces, keys in order."""
+    text = json.dumps(carried, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def is_packed_folder(path: Path) -> bool:
@@ -103,7 +154,16 @@ def is_packed_folder(path: Path) -> bool:
         content = _parsed(path / CONFIG_FILE, (path / CONFIG_FILE).read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
+    return _says_packed(content)
+
+
+def _says_packed(content: object) -> bool:
+    if not isinstance(content, dict):
+        return False
+    carried = content.get(_CARRIER)
+    return content.get("format") == FORMAT or (
+        isinstance(carried, dict) and carried.get("quant_method") == QUANT_METHOD
+    )
 
 
 def read_manifest(folder: Path | str) -> Manifest:
@@ -125,20 +185,43 @@ def read_manifest_and_digest(folder: Path) -> tuple[Manifest, str]:
         )
     data = path.read_bytes()  # once, so that what is understood is what is hashed
     content = _parsed(path, data)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not _says_packed(content):
         raise ValueError(f"{path} is not of a packed folder; give one that dit-qat export wrote")
-    version = content.get("version")
-    if type(version) is not int or version not in VERSIONS:
-        raise ValueError(
-            f"{path}: the format's version is {version!r}, and this dit_qat reads "
-            f"{' and '.join(map(str, VERSIONS))}; install the version that wrote it, or export "
-            "the checkpoint again"
-        )
     try:
-        manifest = _from_json(content)
+        if content.get("format") == FORMAT:
+            return manifest_of(content), hashlib.sha256(data).hexdigest()
+        carried = content.pop(_CARRIER)
+        return manifest_of(carried, content), carried_digest(carried)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return manifest, hashlib.sha256(data).hexdigest()
+
+
+def manifest_of(content: Mapping[str, Any], arguments: Mapping[str, Any] | None = None) -> Manifest:
+    """Understand what was parsed.
+
+    Args:
+        content: All of a ``config.json`` of ours, or what is embedded in one of transformers.
+        arguments: The rest of the latter; None for one of ours.
+
+    Raises:
+        ValueError: for another version, or anything that no writer writes.
+    """
+    version = content.get("version")
+    if type(version) is not int or version not in VERSIONS:
+        known = [str(known) for known in VERSIONS]
+        raise ValueError(
+            f"the format's version is {version!r}, and this dit_qat reads "
+            f"{', '.join(known[:-1])} and {known[-1]}; install the version that wrote it, or "
+            "export the checkpoint again"
+        )
+    if arguments is None:
+        return _from_json(content)
+    inner = {key: value for key, value in content.items() if key != "quant_method"}
+    named = {"name": content.get("architecture"), "arguments": dict(arguments)}
+    manifest = _from_json({**inner, "architecture": named})
+    if content.get("quant_method") != QUANT_METHOD or version < _FIRST_EMBEDDED:
+        raise ValueError(f"version {version} is not embedded in a config of transformers")
+    return replace(manifest, embedded=True)
 
 
 def _parsed(path: Path, data: bytes) -> Any:
@@ -148,7 +231,7 @@ def _parsed(path: Path, data: bytes) -> Any:
         raise ValueError(f"{path} is no JSON ({error}); copy or export it again") from error
 
 
-def _from_json(content: dict[str, Any]) -> Manifest:
+def _from_json(content: Mapping[str, Any]) -> Manifest:
     if content.keys() != _KEYS:
         raise ValueError(f"it has the keys {sorted(content)}, not {sorted(_KEYS)}")
     for key in _KEYS - {"format", "version"}:

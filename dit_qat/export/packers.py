@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dit_qat.export.coded_entry import CodedEntry
 from dit_qat.export.entry import ModuleEntry
 from dit_qat.export.int_entry import IntEntry
 from dit_qat.export.layer_entry import LayerEntry, Storage
-from dit_qat.layers import IntLinear, PackedLinear, QuantLinear
+from dit_qat.layers import CodedLinear, IntLinear, PackedLinear, QuantLinear
 from dit_qat.layers.linear import BranchDtype
 from dit_qat.primitives.integer import unpack_codes
 from dit_qat.primitives.packing import count_ternary, pack_base3, unpack_ternary
@@ -81,6 +82,23 @@ def _int_tensors(layer: IntLinear, options: PackOptions) -> Iterator[tuple[str, 
             raise ValueError(f"{leaf} {error}") from error
 
 
+def _coded_entry(layer: CodedLinear, options: PackOptions) -> ModuleEntry:
+    return CodedEntry.from_json(CodedEntry.of(layer).as_json())
+
+
+def _coded_tensors(layer: CodedLinear, options: PackOptions) -> Iterator[tuple[str, Tensor]]:
+    weight = layer.dequantized()  # refuses buffers that hold no such code
+    if not weight.isfinite().all():
+        raise ValueError("its code decodes to NaN or infinite weights; quantize it again")
+    entry = CodedEntry.of(layer)
+    for leaf, tensor in layer.named_buffers(recurse=False):
+        stored = tensor.detach().cpu()
+        try:
+            yield leaf, entry.resident(leaf, stored)
+        except ValueError as error:
+            raise ValueError(f"{leaf} {error}") from error
+
+
 def _check_int_levels(layer: IntLinear) -> None:
     first = None
     for rows in torch.split(layer.codes, max(1, _ROWS // layer.in_features)):
@@ -104,4 +122,5 @@ def _constant(count: int, level: int, culprit: str) -> ValueError:
 PACKERS: Mapping[type[nn.Module], Packer] = {
     QuantLinear: Packer(PackedLinear, _ternary_entry, _ternary_tensors),
     IntLinear: Packer(IntLinear, _int_entry, _int_tensors),
+    CodedLinear: Packer(CodedLinear, _coded_entry, _coded_tensors),
 }

@@ -1,6 +1,6 @@
 """Architectures by name: what has to build a model asks here; applications enter what they have."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,10 @@ class Architecture:
         describe: From a model to those plain values.
         timestep: From a model to what its forward calls the timestep; None: it has none.
         version: The first version of the format that has it.
+        embeds: Whether ``config.json`` is that of transformers, with the manifest inside, rather
+            than the manifest.
+        tied: From a model to the names of tensors that are others of it under a second name.
+        finish: Called with a model that has been loaded, and its manifest's plain values.
     """
 
     name: str
@@ -36,9 +40,13 @@ class Architecture:
     describe: Callable[[Any], Mapping[str, Any]]
     timestep: Callable[[Any], str] | None = None
     version: int = 1
+    embeds: bool = False
+    tied: Callable[[Any], Collection[str]] = lambda model: ()
+    finish: Callable[[Any, Mapping[str, Any]], None] | None = None
 
 
 _BY_NAME: dict[str, Architecture] = {}
+_LATER: dict[str, Callable[[], object]] = {}
 
 
 def register_architecture(
@@ -66,12 +74,24 @@ def register_family(architecture: Architecture) -> None:
     _BY_NAME[architecture.name] = architecture
 
 
+def enter_later(name: str, enter: Callable[[], object]) -> None:
+    """Name an architecture whose package takes long to import.
+
+    Args:
+        name: What packed folders call it.
+        enter: Enters it; called when it is asked for.
+    """
+    _LATER[name] = enter
+
+
 def architecture_named(name: str) -> Architecture:
     """Find an architecture by its name.
 
     Raises:
         ValueError: if there is none.
     """
+    if name not in _BY_NAME and name in _LATER:
+        _LATER.pop(name)()
     if not _BY_NAME:
         raise ValueError(
             f"architecture {name!r} is unknown, for nothing is entered yet; take load_quantized "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dit_qat.export.inspect import PER_IMAGE
 from dit_qat.export.manifest import CONFIG_FILE, TENSOR_FILE
 from dit_qat.export.tensor_file import open_tensors
-from dit_qat.layers import InputTransform, IntLinear, PackedLinear, QuantLinear
+from dit_qat.layers import CodedLinear, InputTransform, IntLinear, PackedLinear, QuantLinear
 
 __all__ = ["Disk", "Size", "Sizes", "TensorSize", "measure", "packed_disk"]
 
@@ -191,12 +191,15 @@ def _measured(model: nn.Module, disk: Mapping[str, int]) -> Iterator[TensorSize]
     for layer, module in model.named_modules():
         if isinstance(module, InputTransform):
             continue  # counted with the layer, each of which has its own in the file
-        quantized = isinstance(module, PackedLinear | QuantLinear | IntLinear)
+        quantized = isinstance(module, PackedLinear | QuantLinear | IntLinear | CodedLinear)
         for leaf, inner, tensor in _own_tensors(module):
             name = f"{layer}.{inner}" if layer else inner
             numbers = tensor.numel()
             if leaf == "codes" and isinstance(module, PackedLinear | IntLinear):
                 numbers = module.out_features * module.in_features
+            elif leaf == "codes" and isinstance(module, CodedLinear):
+                first = inner == module.code_names[0]  # of several tensors that are one code
+                numbers = module.out_features * module.in_features if first else 0
             part = _part(layer or leaf, leaf, module if quantized else None)
             on_disk = disk.get(name, 0)
             yield TensorSize(layer, leaf, quantized, part, numbers, on_disk, tensor.nbytes)
@@ -207,7 +210,8 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     for name, tensor in chain(
         module.named_parameters(recurse=False), module.named_buffers(recurse=False)
     ):
-        yield name, name, tensor
+        of_code = isinstance(module, CodedLinear) and name in module.code_names
+        yield "codes" if of_code else name, name, tensor
     if isinstance(module, IntLinear) and module.transform is not None:
         for name, tensor in module.transform.named_buffers(remove_duplicate=False):
             yield "transform", f"transform.{name}", tensor
@@ -220,6 +224,8 @@ def _part(layer: str, leaf: str, quantized: nn.Module | None) -> str:
     part = _PARTS[leaf]
     if leaf == "codes" and isinstance(quantized, IntLinear):
         part = f"{quantized.config.grid.bits}-bit codes"
+    elif leaf == "codes" and isinstance(quantized, CodedLinear):
+        part = f"{quantized.kind.name} codes"
     return part + (" (adaLN)" if per_image else "")
 
 

@@ -1,6 +1,6 @@
 """The model that a manifest describes, without memory."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,15 @@ from dit_qat.export.registry import architecture_named
 from dit_qat.export.tensor_file import Place, dtype_name
 from dit_qat.layers import AttentionConfig, QuantAttention
 
-__all__ = ["FLOATS", "build_skeleton", "check_names", "check_tensors", "listed", "stored_tensors"]
+__all__ = [
+    "FLOATS",
+    "build_skeleton",
+    "check_names",
+    "check_tensors",
+    "listed",
+    "stored_tensors",
+    "swap_linears",
+]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,9 +55,21 @@ def build_skeleton(
         )
     for name, bits in attention_bits.items():
         _swap_attention(model, name, bits)
-    for name, entry in layers.items():
-        _swap_linear(model, name, entry)
+    swap_linears(model, layers)
     return model
+
+
+def swap_linears(model: nn.Module, layers: Mapping[str, ModuleEntry]) -> None:
+    """Put packed layers without tensors in the place of linear layers.
+
+    Raises:
+        ValueError: for layers that the model does not have, or that do not fit.
+    """
+    names = dict(model.named_modules())
+    for name, entry in layers.items():
+        if name not in names:
+            raise ValueError(f"the model has no module {name!r}; it belongs to another model")
+        _swap_linear(model, name, entry)
 
 
 class _Unfilled(TorchFunctionMode):
@@ -93,7 +113,9 @@ def _swap_linear(model: nn.Module, name: str, entry: ModuleEntry) -> None:
             f"module {name!r} is a {type(module).__name__}, not a linear layer; the bit map "
             "belongs to another model"
         )
-    own = module.in_features, module.out_features, module.bias is not None
+    own_bias: Tensor | None = module.bias
+    bias = own_bias is not None or (entry.bias and entry.adds_bias)
+    own = module.in_features, module.out_features, bias
     if own != (entry.in_features, entry.out_features, entry.bias):
         raise ValueError(
             f"module {name!r} has inputs, outputs and bias {own}, but is packed with "
@@ -107,14 +129,20 @@ def _swap_linear(model: nn.Module, name: str, entry: ModuleEntry) -> None:
 
 
 def stored_tensors(
-    model: nn.Module, layers: Mapping[str, ModuleEntry], float_dtype: torch.dtype
+    model: nn.Module,
+    layers: Mapping[str, ModuleEntry],
+    float_dtype: torch.dtype,
+    tied: Collection[str] = (),
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape in the file, by name, of all tensors of a skeleton.
 
-    Codes take the width of their storage, and floats outside the packed layers ``float_dtype``.
+    Codes take the width of their storage, and floats outside the packed layers ``float_dtype``;
+    ``tied`` are names under which others are found again.
     """
     found = {}
     for name, tensor in _tensors(model).items():
+        if name in tied:
+            continue
         place = owned(name, layers)
         if place is None:
             dtype = float_dtype if tensor.is_floating_point() else tensor.dtype
@@ -133,7 +161,8 @@ def check_tensors(model: nn.Module, manifest: Manifest, places: Mapping[str, Pla
     Raises:
         ValueError: for the first tensor that does not fit.
     """
-    wanted = stored_tensors(model, manifest.layers, torch.float32)
+    tied = architecture_named(manifest.architecture).tied(model)
+    wanted = stored_tensors(model, manifest.layers, torch.float32, tied)
     check_names("config.json", manifest.tensors, wanted, "the model has")
     for name, (dtype, shape) in wanted.items():
         entry, place = manifest.tensors[name], places[name]

@@ -35,8 +35,8 @@ def check_modules(model: nn.Module, skeleton: nn.Module) -> None:
     if foreign or lacking:
         raise ValueError(
             f"the packed format cannot hold {listed(foreign or lacking)}: it holds QuantLinear, "
-            "IntLinear, QuantAttention and the float modules of the architecture; put the float "
-            "module back (a rule with None leaves it float), or merge what was added to it"
+            "IntLinear, CodedLinear, QuantAttention and the architecture's float modules; put the "
+            "float module back (a rule with None leaves it float), or merge what was added to it"
         )
     shapes = {name: value.shape for name, value in skeleton.named_parameters()}
     differing = [

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from dit_qat.export.entry import ModuleEntry, owned
 from dit_qat.export.folders import written_folder
 from dit_qat.export.layer_entry import Storage
-from dit_qat.export.loader import DIGEST_KEY
 from dit_qat.export.manifest import (
     CONFIG_FILE,
-    FORMAT,
     TENSOR_FILE,
     Manifest,
     TensorEntry,
+    carried_digest,
+    file_header,
     is_packed_folder,
 )
 from dit_qat.export.packers import PACKERS, PackOptions, quantized_layers
@@ -50,8 +50,8 @@ def write_packed(
     """Write a quantized model as a packed folder.
 
     Args:
-        model: Of a registered architecture, with at least one :class:`QuantLinear` or
-            :class:`~dit_qat.layers.IntLinear`; unchanged.
+        model: Of a registered architecture, with at least one :class:`QuantLinear`,
+            :class:`~dit_qat.layers.IntLinear` or :class:`~dit_qat.layers.CodedLinear`; unchanged.
         folder: Made at once or not at all.
         provenance: Plain values: source checkpoint, training, data, metrics.
         branch_dtype: What low-rank branches are rounded to; None: what they compute with. Another
@@ -75,16 +75,16 @@ def write_packed(
     _check_plain(provenance or {})
     dtype = None if float_dtype is None else getattr(torch, float_dtype)
     plan = _Plan(model, dtype, PackOptions(branch_dtype, storage))
-    metadata = {"format": FORMAT, "version": str(plan.version), DIGEST_KEY: _NO_DIGEST}
+    blank = plan.manifest({}, {})
     _check_space(target, plan.total_bytes)
     with written_folder(target) as partial:
         with (partial / TENSOR_FILE).open("wb") as file:
-            writer = TensorWriter(file, plan.tensors, metadata)
+            writer = TensorWriter(file, plan.tensors, file_header(blank, _NO_DIGEST))
             for name, tensor in plan.computed():
                 writer.write(name, tensor)
             manifest = plan.manifest(writer.sha256, provenance or {})
             text = manifest.as_text().encode()
-            writer.finish(metadata | {DIGEST_KEY: hashlib.sha256(text).hexdigest()})
+            writer.finish(file_header(manifest, _digest(manifest, text)))
         (partial / CONFIG_FILE).write_bytes(text)
     return manifest
 
@@ -116,7 +116,8 @@ class _Plan:
             self._architecture.name, self._arguments, self._layers, self._attention_bits
         )
         check_modules(model, skeleton)
-        self.tensors = stored_tensors(skeleton, self._layers, float_dtype or torch.float32)
+        tied = self._architecture.tied(model)
+        self.tensors = stored_tensors(skeleton, self._layers, float_dtype or torch.float32, tied)
         if float_dtype is None:
             self.tensors |= own_dtypes(model, self.tensors, self._layers)
 
@@ -160,13 +161,20 @@ class _Plan:
             layers=self._layers,
             attention_bits=self._attention_bits,
             tensors={
-                name: TensorEntry(dtype_name(dtype), shape, sha256[name])
+                name: TensorEntry(dtype_name(dtype), shape, sha256.get(name, _NO_DIGEST))
                 for name, (dtype, shape) in self.tensors.items()
             },
             provenance=provenance,
             written_by={"dit_qat": version("dit-qat"), "torch": torch.__version__},
             version=self.version,
+            embedded=self._architecture.embeds,
         )
+
+
+def _digest(manifest: Manifest, text: bytes) -> str:
+    if manifest.embedded:
+        return carried_digest(manifest.carried())
+    return hashlib.sha256(text).hexdigest()
 
 
 def _entry(name: str, layer: nn.Module, options: PackOptions) -> ModuleEntry:

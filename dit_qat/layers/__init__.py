@@ -8,6 +8,7 @@ from dit_qat.layers.activation import (
     RobustQuantizer,
 )
 from dit_qat.layers.attention import AttentionConfig, QuantAttention
+from dit_qat.layers.coded_linear import CodedLinear
 from dit_qat.layers.input_transform import InputTransform, Permute, Rotate, Scale, TransformStep
 from dit_qat.layers.int_linear import IntLinear, IntLinearConfig
 from dit_qat.layers.linear import (
@@ -22,12 +23,15 @@ from dit_qat.layers.rules import QuantConfig, Rule
 from dit_qat.layers.step_bits import StepBits, follow_timesteps_, timestep_scope
 from dit_qat.layers.swap import quantize_
 from dit_qat.layers.token_quantizer import TokenQuantizer
+from dit_qat.layers.weight_code import WEIGHT_CODES, WeightCode
 
 __all__ = [
+    "WEIGHT_CODES",
     "AbsMaxQuantizer",
     "AbsMeanQuantizer",
     "ActivationQuantizer",
     "AttentionConfig",
+    "CodedLinear",
     "HadamardRotation",
     "InputTransform",
     "IntLinear",
@@ -48,6 +52,7 @@ __all__ = [
     "TernaryWeight",
     "TokenQuantizer",
     "TransformStep",
+    "WeightCode",
     "follow_timesteps_",
     "quantize_",
     "timestep_scope",

@@ -160,7 +160,7 @@ class InputTransform(nn.Module):
         if step.kind == "rotate":
             return Rotate(Rotation(self.width, step.seed, step.block_size))
         if step.kind == "scale":
-            return Scale(torch.ones(self.width, device=device))
+            return Scale(torch.ones(self.width, dtype=torch.float32, device=device))
         return Permute(torch.arange(self.width, device=device))
 
     def _vector(self, number: int) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any, get_args
 
 import torch
@@ -53,6 +54,13 @@ class IntLinearConfig:
             )
         if self.step_bits is not None and self.activation is None:
             raise ValueError("step_bits without an activation quantizer; give it one")
+
+    @property
+    def activation_bits(self) -> float | None:
+        """Of the input: the mean over the timesteps of a policy; None: float."""
+        if self.step_bits is not None:
+            return fmean(self.step_bits.bits)
+        return None if self.activation is None else self.activation.bits
 
     def plain(self) -> dict[str, Any]:
         """Plain values, as for a JSON file."""
@@ -263,6 +271,16 @@ class IntLinear(nn.Module):
         """Bits per weight with scales, zero points, transform and branch; without the bias."""
         bias = 0 if self.bias is None else self.bias.nbytes
         return 8 * (self.bytes_stored - bias) / (self.in_features * self.out_features)
+
+    @property
+    def nominal_weight_bits(self) -> int:
+        """Bits of a code."""
+        return self.config.grid.bits
+
+    @property
+    def activation_bits(self) -> float | None:
+        """Of the input: the mean over the timesteps of a policy; None: float."""
+        return self.config.activation_bits
 
     def get_extra_state(self) -> dict[str, Any]:
         """Format marker: plain types that say how the tensors are to be read."""

@@ -10,7 +10,6 @@ for the error ``tr (W - Q) H (W - Q)^T``, whatever quantizes the block. It is th
 ``H^-1 = U^T U``, in the form of LDLQ (QuIP, arXiv:2307.13304), which needs no inverse.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
@@ -18,13 +17,24 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from dit_qat.primitives.asymmetric import Asymmetric, p_of_factor, p_of_inverse
+from dit_qat.primitives.column_order import Chooser, Order, bring_forward, permutation_of
+from dit_qat.primitives.damped_cholesky import (
+    DOUBLE_WIDTH,
+    MOST_DAMPING,
+    damped_inverse,
+    damped_upper,
+    enough_damping,
+)
 from dit_qat.primitives.scales import widen
 from dit_qat.primitives.second_moment import SecondMoment
 
 __all__ = [
     "Block",
     "BlockQuantizer",
+    "Chooser",
     "Compensated",
+    "Order",
     "Update",
     "column_by_column",
     "compensate",
@@ -33,10 +43,6 @@ __all__ = [
 
 Update = Literal["exact", "diagonal"]
 
-_LOG = logging.getLogger(__name__)
-_DOUBLE_WIDTH = 8192  # up to here a factor in float64 takes a minute at most on a CPU
-_LEAST_DAMPING, _MOST_DAMPING = 1e-6, 10.0
-
 
 class Block(NamedTuple):
     """What a block quantizer is told about the columns that it gets.
@@ -44,14 +50,20 @@ class Block(NamedTuple):
     Attributes:
         columns: (B,) long, their positions in the original column order.
         factor: (B, B) upper triangular, ``U_BB`` of ``H^-1 = U^T U``.
+        asymmetric: (B, B) strictly upper triangular, P within the block; None: it does not apply.
     """
 
     columns: Tensor
     factor: Tensor
+    asymmetric: Tensor | None = None
 
 
 BlockQuantizer = Callable[[Tensor, Block], Tensor]
-"""Compensated weights (out, B), its own to write to, to quantized values (out, B)."""
+"""Compensated weights (out, B), its own to write to, to quantized values (out, B).
+
+With an asymmetric term, what it leaves in the weights is what the term multiplies. If the term is
+to apply within blocks, it does that with ``Block.asymmetric``, from each column to those behind it.
+"""
 
 
 class Compensated(NamedTuple):
@@ -77,9 +89,10 @@ def compensate(
     block_quantizer: BlockQuantizer,
     block_size: int = 128,
     update: Update = "exact",
-    order: Literal["activation"] | Tensor | None = None,
+    order: Order | Tensor | Chooser | None = None,
     group_size: int | None = None,
     damping: float = 0.01,
+    asymmetric: Asymmetric | None = None,
 ) -> Compensated:
     """Quantize (out, in) weights so that ``tr (W - Q) H (W - Q)^T`` is small.
 
@@ -90,11 +103,14 @@ def compensate(
         block_size: Columns per block; raised to a multiple of ``group_size``.
         update: ``exact`` is the least-squares optimum of the columns to come. ``diagonal`` divides
             the block's error by the diagonal of ``U_BB`` only, as several releases do.
-        order: ``activation`` takes columns of large second moment first; or any permutation.
+        order: ``activation`` takes columns of large second moment first; ``group_activation`` whole
+            groups by their largest, and columns within each so; or any permutation; or a function
+            that chooses each next block from the weights as compensated so far.
         group_size: Columns that share a scale; ``activation`` then orders whole groups by their
             mean, so that they stay contiguous.
         damping: Added to the diagonal of H, as a fraction of its mean; raised tenfold, with a
             warning, while H has no Cholesky factor or holds fewer tokens than columns.
+        asymmetric: Makes up for the error of the inputs as well (GPTAQ); None: does not.
 
     Raises:
         ValueError: for shapes that do not fit, values that are not finite, or an order that is no
@@ -103,30 +119,34 @@ def compensate(
     tokens = second_moment.tokens if isinstance(second_moment, SecondMoment) else None
     H = second_moment.matrix if isinstance(second_moment, SecondMoment) else second_moment
     _check(weight, H, block_size, update, group_size, damping)
-    W, H = widen(weight.detach()).clone(), H.to(weight.device)
+    if asymmetric is not None:
+        asymmetric.check(weight.shape[1])
+    H = H.to(weight.device)
     dead = H.diagonal() == 0
-    W[:, dead] = 0
-    permutation = _permutation(order, H.diagonal(), group_size)
-    if permutation is not None:
-        W, H = W[:, permutation], H[permutation][:, permutation]
-    # H has a null space then, where columns move freely: at 0.01 that was worse on other tokens
-    # than rounding to nearest, at 0.1 better.
-    if tokens is not None and 0 < tokens < int((~dead).sum()):
-        damping = _raised(damping, f"{tokens} tokens cannot fill {int((~dead).sum())} columns")
-    R, damping = _factor(H, damping)
+    damping = enough_damping(damping, tokens, int((~dead).sum()))
     size = block_size if group_size is None else -(-block_size // group_size) * group_size
-    sweep = _exact_sweep if update == "exact" else _diagonal_sweep
-    columns = torch.arange(W.shape[1], device=W.device) if permutation is None else permutation
-    Q = sweep(W, R, block_quantizer, columns, size)
-    if permutation is not None:
-        Q = Q[:, permutation.argsort()]
-    return Compensated(Q, permutation, damping, dead)
+    sweep = _Sweep(block_quantizer, size, update, dead, asymmetric)
+    if callable(order):
+        if group_size is not None:
+            raise ValueError("an order chosen block by block tears groups apart; drop group_size")
+        G, damping = damped_inverse(H, damping)
+        Q, chosen = sweep.choosing(_alive(weight, dead), G, order)
+        return Compensated(Q, chosen, damping, dead)
+    permutation = permutation_of(order, H.diagonal(), group_size)
+    columns = torch.arange(len(H), device=H.device) if permutation is None else permutation
+    R, damping = damped_upper(H, damping, columns)
+    W = _alive(weight, dead)
+    if permutation is None:
+        return Compensated(sweep.in_order(W, R, columns), None, damping, dead)
+    W = W[:, permutation]
+    Q = sweep.in_order(W, R, permutation)
+    return Compensated(Q[:, permutation.argsort()], permutation, damping, dead)
 
 
 def compensation_bytes(rows: int, width: int) -> int:
     """What :func:`compensate` takes at most beside a weight (rows, width), H and its result."""
-    factor = 8 if width <= _DOUBLE_WIDTH else 4
-    return (5 * factor + 4) * width * width + 4 * 4 * rows * width
+    factor = 8 if width <= DOUBLE_WIDTH else 4
+    return (4 * factor + 4) * width * width + 4 * 4 * rows * width
 
 
 def column_by_column(quantize_columns: Callable[[Tensor, Tensor], Tensor]) -> BlockQuantizer:
@@ -137,51 +157,133 @@ def column_by_column(quantize_columns: Callable[[Tensor, Tensor], Tensor]) -> Bl
             order; returns its quantized values (out, 1).
     """
 
-    def quantize(W: Tensor, block: Block) -> Tensor:
-        U, W = block.factor, W.T.contiguous()  # a column is a contiguous row
+    def quantize(given: Tensor, block: Block) -> Tensor:
+        U, P, W = block.factor, block.asymmetric, given.T.contiguous()  # a column is a row
         Q = torch.empty_like(W)
         for j in range(W.shape[0]):
             Q[j] = quantize_columns(W[j, :, None], block.columns[j : j + 1]).squeeze(1)
             error = (W[j] - Q[j]) / U[j, j]
             W[j + 1 :].addr_(U[j, j + 1 :], error, alpha=-1)
+            if P is not None:
+                W[j + 1 :].addr_(P[j, j + 1 :], W[j])
+        if P is not None:
+            given.copy_(W.T)  # as they were just before rounding
         return Q.T
 
     return quantize
 
 
-def _exact_sweep(
-    W: Tensor, R: Tensor, quantizer: BlockQuantizer, columns: Tensor, size: int
-) -> Tensor:
-    Q, error = torch.empty_like(W), torch.empty_like(W)
-    for block in _blocks(W.shape[1], size):
-        before, corner = slice(0, block.start), R[block, block]
-        feedback = torch.linalg.solve_triangular(corner, R[before, block], upper=True, left=False)
-        compensated = torch.addmm(W[:, block], error[:, before], feedback.to(W.dtype))
-        Q[:, block] = _called(quantizer, compensated, columns[block], _inverse(corner))
-        error[:, block] = W[:, block] - Q[:, block]
-    return Q
+class _Sweep(NamedTuple):
+    """How blocks follow on each other; weights are written to and become quantized."""
+
+    quantizer: BlockQuantizer
+    size: int
+    update: Update
+    dead: Tensor
+    asymmetric: Asymmetric | None
+
+    def in_order(self, W: Tensor, R: Tensor, columns: Tensor) -> Tensor:
+        """Quantize W (out, in) from its first column to its last, with ``H = R R^T``."""
+        return (self._exact if self.update == "exact" else self._diagonal)(W, R, columns)
+
+    def _exact(self, W: Tensor, R: Tensor, columns: Tensor) -> Tensor:
+        error = torch.empty_like(W)
+        for block in _blocks(W.shape[1], self.size):
+            before, corner = slice(0, block.start), R[block, block]
+            feedback = torch.linalg.solve_triangular(
+                corner, R[before, block], upper=True, left=False
+            )
+            target = torch.addmm(W[:, block], error[:, before], feedback.to(W.dtype))
+            P = self._p(R, columns, block, W)
+            Q = self._called(target, columns[block], _inverse(corner), P)
+            error[:, block] = self._aim(W[:, block], target, P) - Q
+            W[:, block] = Q
+            self._move(W, block, target, Q, P)
+        return W
+
+    def _diagonal(self, W: Tensor, R: Tensor, columns: Tensor) -> Tensor:
+        U = _inverse(R)
+        for block in _blocks(W.shape[1], self.size):
+            factor, rest, target = U[block, block], slice(block.stop, None), W[:, block].clone()
+            P = self._p(R, columns, block, W)
+            Q = self._called(target, columns[block], factor, P)
+            error = (self._aim(W[:, block], target, P) - Q) / factor.diagonal().to(W.dtype)
+            W[:, rest] -= error @ U[block, rest].to(W.dtype)
+            W[:, block] = Q
+            self._move(W, block, target, Q, P)
+        return W
+
+    def choosing(self, W: Tensor, G: Tensor, choose: Chooser) -> tuple[Tensor, Tensor]:
+        """Quantize W (out, in) in an order found on the way, with ``G = H^-1``, written to.
+
+        Eliminating a block turns G into the inverse over the columns that are left, so that all
+        blocks together cost what one factor costs.
+
+        Returns:
+            Quantized values in the original order, and the order.
+        """
+        columns = torch.arange(W.shape[1], device=W.device)
+        for block in _blocks(W.shape[1], self.size):
+            start, rest = block.start, slice(block.stop, None)
+            if block.stop < W.shape[1]:
+                picked = choose(W[:, start:], self.size)
+                bring_forward(picked, self.size, W[:, start:], G[start:, start:], columns[start:])
+            U_BB: Tensor = torch.linalg.cholesky(G[block, block], upper=True)
+            U_BR = torch.linalg.solve_triangular(U_BB.mT, G[block, rest], upper=False)
+            G[rest, rest].addmm_(U_BR.mT, U_BR, alpha=-1)
+            P = None
+            if self.asymmetric is not None:
+                rows = self.asymmetric.rows(columns[block], columns[start:], self.dead)
+                P = p_of_inverse(rows.to(G.dtype), U_BB, U_BR, G[rest, rest]).to(W.dtype)
+            target = W[:, block].clone()
+            Q = self._called(target, columns[block], U_BB, P)
+            error = self._aim(W[:, block], target, P) - Q
+            if self.update == "exact":
+                moves = torch.linalg.solve_triangular(U_BB, U_BR, upper=True)
+            else:
+                moves = U_BR / U_BB.diagonal()[:, None]
+            W[:, rest].addmm_(error, moves.to(W.dtype), alpha=-1)
+            W[:, block] = Q
+            self._move(W, block, target, Q, P)
+        return W[:, columns.argsort()], columns
+
+    def _p(self, R: Tensor, columns: Tensor, block: slice, W: Tensor) -> Tensor | None:
+        """P of a block and the columns from it on, of ``H = R R^T``."""
+        if self.asymmetric is None:
+            return None
+        rows = self.asymmetric.rows(columns[block], columns[block.start :], self.dead)
+        return p_of_factor(rows, R[block.start :, block.start :]).to(W.dtype)
+
+    def _called(self, W: Tensor, columns: Tensor, factor: Tensor, P: Tensor | None) -> Tensor:
+        applied = self.asymmetric is not None and self.asymmetric.within
+        within = P[:, : len(columns)] if P is not None and applied else None
+        Q = self.quantizer(W, Block(columns, factor.to(W.dtype), within))
+        if Q.shape != W.shape:
+            raise ValueError(
+                f"the block quantizer made {tuple(Q.shape)} of a block of {tuple(W.shape)}; it "
+                "must return quantized values of the same shape"
+            )
+        return Q
+
+    def _aim(self, W: Tensor, target: Tensor, P: Tensor | None) -> Tensor:
+        """What a block is to be near: the asymmetric term moves columns within it, too."""
+        if P is None or self.asymmetric is None or not self.asymmetric.within:
+            return W
+        return W + target @ P[:, : W.shape[1]]
+
+    def _move(self, W: Tensor, block: slice, target: Tensor, Q: Tensor, P: Tensor | None) -> None:
+        """The asymmetric term: move what the columns to come aim at."""
+        if P is None or self.asymmetric is None:
+            return
+        factor = target if self.asymmetric.multiplies == "pre_round" else Q
+        W[:, block.stop :].addmm_(factor, P[:, block.stop - block.start :])
 
 
-def _diagonal_sweep(
-    W: Tensor, R: Tensor, quantizer: BlockQuantizer, columns: Tensor, size: int
-) -> Tensor:
-    Q, U = torch.empty_like(W), _inverse(R)
-    for block in _blocks(W.shape[1], size):
-        factor, rest = U[block, block], slice(block.stop, None)
-        Q[:, block] = _called(quantizer, W[:, block].clone(), columns[block], factor)
-        error = (W[:, block] - Q[:, block]) / factor.diagonal().to(W.dtype)
-        W[:, rest] -= error @ U[block, rest].to(W.dtype)
-    return Q
-
-
-def _called(quantizer: BlockQuantizer, W: Tensor, columns: Tensor, factor: Tensor) -> Tensor:
-    Q = quantizer(W, Block(columns, factor.to(W.dtype)))
-    if Q.shape != W.shape:
-        raise ValueError(
-            f"the block quantizer made {tuple(Q.shape)} of a block of {tuple(W.shape)}; it must "
-            "return quantized values of the same shape"
-        )
-    return Q
+def _alive(weight: Tensor, dead: Tensor) -> Tensor:
+    """A copy in float32 or finer, without the columns that no token reaches."""
+    W = widen(weight.detach()).clone()
+    W[:, dead] = 0
+    return W
 
 
 def _blocks(width: int, size: int) -> Iterator[slice]:
@@ -193,66 +295,6 @@ def _inverse(upper: Tensor) -> Tensor:
     identity = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
     inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return inverse
-
-
-def _factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper triangular R with ``R R^T = H + damping * mean(diag H) * I``, and that damping."""
-    live = H.diagonal() > 0
-    mean = float(H.diagonal()[live].double().mean()) if bool(live.any()) else 1.0
-    # R R^T of H is L L^T of H read backwards. Scaled, so that nothing overflows.
-    dtype = torch.float64 if H.shape[0] <= _DOUBLE_WIDTH else torch.float32
-    reverse = H.flip(0, 1).to(dtype).div_(mean)
-    floor = max(8 * torch.finfo(H.dtype).eps, 1e-12)
-    base = reverse.diagonal().clone()
-    base[base == 0] = 1  # dead columns stand apart; they only must not be singular
-    while True:
-        reverse.diagonal().copy_(base + damping)
-        L, info = torch.linalg.cholesky_ex(reverse)
-        if int(info) == 0 and _well_conditioned(L, floor):
-            return L.flip(0, 1).mul_(mean**0.5), damping
-        damping = _raised(damping, "the second moment is singular")
-
-
-def _well_conditioned(L: Tensor, floor: float) -> bool:
-    """Whether pivots are more than rounding, as a fraction of the diagonal they are left from."""
-    return bool((L.diagonal().square() > floor * L.square().sum(1)).all())
-
-
-def _raised(damping: float, why: str) -> float:
-    raised = max(10 * damping, _LEAST_DAMPING)
-    if raised > _MOST_DAMPING:
-        raise ValueError(
-            f"{why}, even with {damping} times its mean added to the diagonal; "
-            "it is no second moment"
-        )
-    _LOG.warning(
-        "%s: damping raised from %g to %g; more calibration would help", why, damping, raised
-    )
-    return raised
-
-
-def _permutation(
-    order: Literal["activation"] | Tensor | None, diagonal: Tensor, group_size: int | None
-) -> Tensor | None:
-    if order is None:
-        return None
-    if not isinstance(order, Tensor):
-        if order != "activation":
-            raise ValueError(f"order={order!r} is unknown; use 'activation', a permutation or None")
-        size = group_size or 1
-        ranked = diagonal.view(-1, size).mean(1).argsort(descending=True, stable=True)
-        return (ranked[:, None] * size + torch.arange(size, device=diagonal.device)).flatten()
-    order = order.to(diagonal.device, torch.long)
-    identity = torch.arange(diagonal.numel(), device=diagonal.device)
-    if order.shape != identity.shape or not torch.equal(order.sort().values, identity):
-        raise ValueError(
-            f"order of shape {tuple(order.shape)} is no permutation of {diagonal.numel()} columns"
-        )
-    if group_size is not None:
-        groups = (order // group_size).view(-1, group_size)
-        if not bool((groups == groups[:, :1]).all()):
-            raise ValueError(f"order tears groups of {group_size} columns apart; move whole groups")
-    return order
 
 
 def _check(
@@ -274,8 +316,8 @@ def _check(
         raise ValueError(f"update={update!r} is unknown; use one of {get_args(Update)}")
     if group_size is not None and (group_size < 1 or weight.shape[1] % group_size):
         raise ValueError(f"group_size={group_size} does not divide {weight.shape[1]} columns")
-    if not 0 <= damping <= _MOST_DAMPING:
-        raise ValueError(f"damping={damping} is outside 0..{_MOST_DAMPING:g}; 0.01 is usual")
+    if not 0 <= damping <= MOST_DAMPING:
+        raise ValueError(f"damping={damping} is outside 0..{MOST_DAMPING:g}; 0.01 is usual")
     for name, tensor in (("weight", weight), ("second moment", H)):
         if not tensor.isfinite().all():
             raise ValueError(f"the {name} holds NaN or infinite values")

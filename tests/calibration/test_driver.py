@@ -160,8 +160,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         return modules
 
     class Fatal(ResumeState):
-        def save(self, index: int, modules: Mapping[str, nn.Module]) -> None:
-            super().save(index, modules)
+        def save(
+            self, index: int, modules: Mapping[str, nn.Module], model: nn.Module | None = None
+        ) -> None:
+            super().save(index, modules, model)
             if index == fatal and not within:
                 raise _Killed
 

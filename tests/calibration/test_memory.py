@@ -71,6 +71,7 @@ def _run(
     prefix: Prefix = "all",
     depth: int = 2,
     dtype: torch.dtype = torch.float32,
+    cross: bool = False,
 ) -> tuple[int, int]:
     """Bytes counted at the peak, and stated."""
     torch.manual_seed(0)
@@ -87,7 +88,7 @@ def _run(
             store,
             find_blocks(model),
             linears=linears,
-            needs=Needs(second_moment=True),
+            needs=Needs(second_moment=True, cross_moment=cross),
             quantize=_compensated,
             prefix=prefix,
         )
@@ -101,6 +102,15 @@ def test_the_stated_peak_is_one(
     tmp_path: Path, prefix: Prefix, on_disk: bool, calls: int, rows: int
 ) -> None:
     counted, stated = _run(calls, rows, tmp_path if on_disk else None, prefix)
+    assert counted <= stated < 3 * counted
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize(("calls", "rows"), [(1, 12), (10, 2)])
+def test_the_stated_peak_is_one_with_a_float_path(
+    tmp_path: Path, on_disk: bool, calls: int, rows: int
+) -> None:
+    counted, stated = _run(calls, rows, tmp_path if on_disk else None, cross=True)
     assert counted <= stated < 3 * counted
 
 

@@ -91,7 +91,7 @@ def change(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"version": 1', '"version": 3', "version is 3, and this dit_qat reads 1 and 2"),
+        ('"version": 1', '"version": 4', "version is 4, and this dit_qat reads 1, 2 and 3"),
         ('"version": 1', '"version": 2', "config.json is not the one that was written"),
         ('"version": 1', '"version": true', "version is True"),
         ('"bits":3', '"bits":2', "config.json is not the one that was written"),

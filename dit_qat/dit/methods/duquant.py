@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from dit_qat.calibration import LinearStatistics, Needs
 from dit_qat.dit.methods.rotation import check_rotations, rotation_of, zigzag
-from dit_qat.dit.methods.rounding import nearest_layer
 from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.ptq.method import PTQMethod, PTQRun
 from dit_qat.layers import InputTransform, IntLinear, Permute, Rotate, TokenQuantizer
+from dit_qat.layers.rounding import nearest_layer
 from dit_qat.primitives.hadamard import Rotation
 from dit_qat.primitives.integer import IntegerGrid
 

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from dit_qat.calibration import LinearStatistics, Needs
-from dit_qat.dit.methods.rounding import ClipSearch, GPTQSettings, legal_group, round_gptq
 from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.ptq.method import PTQMethod
 from dit_qat.layers import IntLinear, TokenQuantizer
+from dit_qat.layers.rounding import ClipSearch, GPTQSettings, legal_group, round_gptq
 from dit_qat.primitives.integer import IntegerGrid
 
 __all__ = ["GPTQ", "GPTQConfig"]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dit_qat.calibration import BlockView, LinearStatistics, Needs
 from dit_qat.dit.methods.reconstruction import Reconstruction, reconstruct_block
-from dit_qat.dit.methods.rounding import ClipSearch, nearest_layer
 from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.methods.smoothing import (
     LEAST,
@@ -21,6 +20,7 @@ from dit_qat.dit.methods.smoothing import (
 )
 from dit_qat.dit.ptq.method import PTQMethod
 from dit_qat.layers import InputTransform, IntLinear, Scale, TokenQuantizer
+from dit_qat.layers.rounding import ClipSearch, nearest_layer
 from dit_qat.primitives.integer import IntegerGrid
 
 __all__ = ["PTQ4DiT", "PTQ4DiTConfig", "spearman", "temporal_salience"]

@@ -11,18 +11,18 @@ from torch import nn
 from dit_qat.calibration import LinearStatistics, Needs, swapped
 from dit_qat.dit.methods.evolution import Evolution, Genes, evolve
 from dit_qat.dit.methods.output_error import OutputError
-from dit_qat.dit.methods.rounding import (
+from dit_qat.dit.methods.settings import refuse_both
+from dit_qat.dit.ptq.evaluation import spread_calls
+from dit_qat.dit.ptq.method import PTQMethod, PTQRun
+from dit_qat.dit.randomness import derive_seed
+from dit_qat.layers import IntLinear, TokenQuantizer
+from dit_qat.layers.rounding import (
     GPTQSettings,
     Rounding,
     legal_group,
     nearest_layer,
     round_gptq,
 )
-from dit_qat.dit.methods.settings import refuse_both
-from dit_qat.dit.ptq.evaluation import spread_calls
-from dit_qat.dit.ptq.method import PTQMethod, PTQRun
-from dit_qat.dit.randomness import derive_seed
-from dit_qat.layers import IntLinear, TokenQuantizer
 from dit_qat.primitives.integer import IntegerGrid
 
 __all__ = ["QDiT", "QDiTConfig"]

@@ -7,16 +7,16 @@ from torch import nn
 
 from dit_qat.calibration import LinearStatistics, Needs
 from dit_qat.dit.methods.rotation import check_rotations, rotation_of
-from dit_qat.dit.methods.rounding import (
+from dit_qat.dit.methods.settings import refuse_both
+from dit_qat.dit.ptq.method import PTQMethod, PTQRun
+from dit_qat.layers import InputTransform, IntLinear, Rotate, TokenQuantizer
+from dit_qat.layers.rounding import (
     ClipSearch,
     GPTQSettings,
     Rounding,
     nearest_layer,
     round_gptq,
 )
-from dit_qat.dit.methods.settings import refuse_both
-from dit_qat.dit.ptq.method import PTQMethod, PTQRun
-from dit_qat.layers import InputTransform, IntLinear, Rotate, TokenQuantizer
 from dit_qat.primitives.integer import IntegerGrid
 
 __all__ = ["QuaRot", "QuaRotConfig"]

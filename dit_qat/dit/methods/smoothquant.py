@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dit_qat.calibration import BlockView, Needs
-from dit_qat.dit.methods.rounding import nearest_layer
 from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.methods.smoothing import (
     LEAST,
@@ -15,6 +14,7 @@ from dit_qat.dit.methods.smoothing import (
 )
 from dit_qat.dit.ptq.method import PTQMethod
 from dit_qat.layers import InputTransform, IntLinear, Scale, TokenQuantizer
+from dit_qat.layers.rounding import nearest_layer
 from dit_qat.primitives.integer import IntegerGrid
 
 __all__ = ["SmoothQuant", "SmoothQuantConfig"]

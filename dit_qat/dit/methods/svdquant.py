@@ -8,14 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from dit_qat.calibration import BlockView, Needs
-from dit_qat.dit.methods.rounding import (
-    GPTQSettings,
-    Rounded,
-    Rounding,
-    legal_group,
-    round_gptq,
-    round_nearest,
-)
 from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.methods.smoothing import (
     SharedInput,
@@ -27,6 +19,14 @@ from dit_qat.dit.methods.smoothing import (
 from dit_qat.dit.ptq.method import PTQMethod
 from dit_qat.layers import InputTransform, IntLinear, Scale, TokenQuantizer
 from dit_qat.layers.linear import BranchDtype
+from dit_qat.layers.rounding import (
+    GPTQSettings,
+    Rounded,
+    Rounding,
+    legal_group,
+    round_gptq,
+    round_nearest,
+)
 from dit_qat.primitives.integer import IntegerGrid, Scales
 
 __all__ = [

@@ -9,7 +9,6 @@ from torch import nn
 from dit_qat.calibration import BlockView, Needs
 from dit_qat.dit.methods.mixed_precision import MixedPrecision, Score, allocate, layer_groups
 from dit_qat.dit.methods.rotation import check_rotations, rotation_of
-from dit_qat.dit.methods.rounding import nearest_layer
 from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.methods.smoothing import (
     SharedInput,
@@ -20,6 +19,7 @@ from dit_qat.dit.methods.smoothing import (
 )
 from dit_qat.dit.ptq.method import PTQMethod, PTQRun
 from dit_qat.layers import InputTransform, IntLinear, Rotate, Scale, StepBits, TokenQuantizer
+from dit_qat.layers.rounding import nearest_layer
 from dit_qat.primitives.integer import IntegerGrid
 
 __all__ = ["ViDiTQ", "ViDiTQConfig"]

@@ -3,17 +3,15 @@
 import inspect
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from dit_qat.export.meta import parameters_on_meta
 from dit_qat.export.registry import Architecture, register_family
 
-__all__ = ["ARCHITECTURE", "parameters_on_meta", "register_diffusers"]
+__all__ = ["ARCHITECTURE", "register_diffusers"]
 
 ARCHITECTURE = "diffusers"
 
@@ -21,36 +19,8 @@ _KEYS = {"class", "config"}
 _TIMESTEPS = ("timestep", "t", "timesteps")
 
 # Beyond any transformer; a damaged number must not take hours or all memory.
-_LARGEST, _DEEPEST, _MOST_PARAMETERS = 1 << 20, 1 << 10, 1 << 17
+_LARGEST, _DEEPEST = 1 << 20, 1 << 10
 _DEPTHS = ("layers", "blocks", "depth")  # in the names of what is built that many times
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Have modules that this thread builds hold parameters without memory, and all else for real.
-
-    A constructor computes rotary tables and position embeddings, in buffers or plain attributes, as
-    it always does; a parameter moves as soon as it is made, before anything touches its pages.
-
-    Raises:
-        ValueError: for more parameters than any model has.
-    """
-    thread, count = get_ident(), 0
-
-    def move(module: nn.Module, name: str, value: nn.Parameter | None) -> nn.Parameter | None:
-        nonlocal count
-        if value is None or get_ident() != thread:
-            return None  # which leaves it as it is
-        count += 1
-        if count > _MOST_PARAMETERS:
-            raise ValueError(f"more than {_MOST_PARAMETERS} parameters")
-        return nn.Parameter(value.detach().to("meta"), value.requires_grad)
-
-    handle = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def register_diffusers() -> None:

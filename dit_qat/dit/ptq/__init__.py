@@ -2,8 +2,7 @@
 
 from dit_qat.dit.ptq.calibrate import calibrate_dit, calibrate_pipeline, kept_steps
 from dit_qat.dit.ptq.method import PTQMethod, PTQRun
-from dit_qat.dit.ptq.run import PTQResult, quantize_post_training
-from dit_qat.dit.ptq.table import LayerRow, average_bits, bits_table
+from dit_qat.dit.ptq.run import quantize_post_training
 from dit_qat.dit.ptq.target import PTQTarget, target_of, transformer_of
 from dit_qat.dit.ptq.trajectory import (
     Trajectory,
@@ -13,14 +12,10 @@ from dit_qat.dit.ptq.trajectory import (
 )
 
 __all__ = [
-    "LayerRow",
     "PTQMethod",
-    "PTQResult",
     "PTQRun",
     "PTQTarget",
     "Trajectory",
-    "average_bits",
-    "bits_table",
     "calibrate_dit",
     "calibrate_pipeline",
     "float_trajectory",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dit_qat.calibration.target import Target
 from dit_qat.dit.methods.adatsq import AdaTSQ
 from dit_qat.dit.methods.clq import CLQ
 from dit_qat.dit.methods.clq.smoothing import smoothings
@@ -15,7 +16,6 @@ from dit_qat.dit.ptq.calibrate import kept_steps
 from dit_qat.dit.ptq.method import PTQMethod
 from dit_qat.dit.ptq.settings import Calibration
 from dit_qat.dit.ptq.subject import Subject
-from dit_qat.dit.ptq.target import PTQTarget
 from dit_qat.dit.sampling import SamplerConfig
 from dit_qat.dit.sampling.sampler import build_scheduler
 from dit_qat.layers.step_bits import StepBits
@@ -30,7 +30,7 @@ _ROTATED = "static_dynamic"  # the balance of ViDiT-Q that rotates
 
 
 def check_method(
-    method: PTQMethod, target: PTQTarget, subject: Subject, timesteps: Sequence[float], kept: Any
+    method: PTQMethod, target: Target, subject: Subject, timesteps: Sequence[float], kept: Any
 ) -> None:
     """Refuse a method that this model or schedule is not for.
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from dit_qat.calibration import Call, CallStore, evaluating
+from dit_qat.calibration.target import Target
 from dit_qat.calibration.trees import map_tensors, tensors_of
-from dit_qat.dit.ptq.target import PTQTarget
 from dit_qat.dit.report.page import duration
 
 __all__ = ["Preview", "preview"]
@@ -53,7 +53,7 @@ class Preview:
         )
 
 
-def preview(model: nn.Module, target: PTQTarget, store: CallStore) -> Preview:
+def preview(model: nn.Module, target: Target, store: CallStore) -> Preview:
     """Count, and time one call of the float model."""
     linears = target.linears()
     seen = dict.fromkeys(linears, 0)

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from statistics import fmean
 
-from dit_qat.dit.ptq.table import LayerRow
+from dit_qat.calibration.table import LayerRow
 from dit_qat.dit.report.page import bullets, duration, page, paragraph, picture, section, table
 from dit_qat.dit.report.plots_ptq import block_and_kind
 from dit_qat.export.files import written_whole
@@ -47,7 +47,7 @@ class PTQReport:
         seconds: By stage, in order.
         hardware: What it ran on, in words.
         versions: Version by package.
-        averages: Of :func:`~dit_qat.dit.ptq.table.average_bits`.
+        averages: Of :func:`~dit_qat.calibration.table.average_bits`.
         output_error: On recorded calls.
         trajectory_error: Along the sampler's path, where it could be followed.
         scores: Further lines of the table.

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from dit_qat import __version__
+from dit_qat.calibration.engine import RunResult
 from dit_qat.dit.ptq.comparison import Comparison, score_lines
 from dit_qat.dit.ptq.job import Prepared
 from dit_qat.dit.ptq.method import PTQMethod
 from dit_qat.dit.ptq.report import PTQReport, Score
 from dit_qat.dit.ptq.results import DRAWN, Results, as_plain, policy_of
-from dit_qat.dit.ptq.run import PTQResult
 from dit_qat.dit.ptq.text_to_image import video_writer
 from dit_qat.dit.report.plots_policy import policy_plot
 from dit_qat.dit.report.plots_ptq import layer_error_plot, pairs_plot, step_error_plot
@@ -27,7 +27,7 @@ _RESUMED = "The run went on after a kill; seconds are those of its last process.
 
 def metrics_of(
     prepared: Prepared,
-    result: PTQResult,
+    result: RunResult,
     found: Comparison,
     sizes: Mapping[str, int],
     drawn: Mapping[str, Any],
@@ -63,7 +63,7 @@ def metrics_of(
 
 def results_of(
     prepared: Prepared,
-    result: PTQResult,
+    result: RunResult,
     found: Comparison,
     metrics: Mapping[str, Any],
     drawn: Mapping[str, Any],

@@ -1,15 +1,12 @@
-"""What of a model is quantized: its blocks, and which linear layers within them."""
+"""What of a diffusion transformer is quantized by default."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from dit_qat.calibration import Call, find_blocks
-from dit_qat.calibration.capture import check_argument
+from dit_qat.calibration.target import Target, linear_names, present
 
 __all__ = ["PTQTarget", "known_classes", "target_of", "transformer_of"]
 
@@ -65,60 +62,16 @@ _DEFAULTS = {
 }
 
 
+@dataclass(frozen=True)
+class PTQTarget(Target):
+    """Patterns over the names of a diffusion transformer, which always has a timestep."""
+
+    timestep_argument: str = "timestep"
+
+
 def known_classes() -> list[str]:
     """Names of the classes that have default patterns."""
     return sorted(_DEFAULTS)
-
-
-@dataclass(frozen=True)
-class PTQTarget:
-    """Patterns over the names of a model's modules.
-
-    Attributes:
-        model: Float, or quantized in the course of a run.
-        blocks: Globs of the blocks; ``*`` stays within its dots.
-        quantize: Globs of linear layers; ``*`` also spans dots.
-        skip: Globs of those that stay float whatever ``quantize`` says.
-        timestep_argument: What the model's forward calls the timestep.
-
-    Raises:
-        ValueError: for a pattern that matches nothing, or an argument that forward does not have.
-    """
-
-    model: nn.Module
-    blocks: Sequence[str]
-    quantize: Sequence[str]
-    skip: Sequence[str]
-    timestep_argument: str
-
-    def __post_init__(self) -> None:
-        check_argument(self.model, self.timestep_argument)
-        find_blocks(self.model, self.blocks)
-        names = _linear_names(self.model)
-        for pattern in (*self.quantize, *self.skip):
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(_no_match(pattern, names, self.model))
-        if not self.linears():
-            raise ValueError(
-                f"the patterns {list(self.skip)} skip every linear layer that "
-                f"{list(self.quantize)} name; quantize more or skip less"
-            )
-
-    def linears(self) -> dict[str, nn.Linear]:
-        """Linear layers to quantize, by full name, in the order of the model."""
-        found = {}
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear) and self._chosen(name):
-                found[name] = module
-        return found
-
-    def find_blocks(self, call: Call | None = None) -> list[tuple[str, nn.Module]]:
-        """Blocks by name; with a call, in the order in which it runs them."""
-        return find_blocks(self.model, self.blocks, call)
-
-    def _chosen(self, name: str) -> bool:
-        wanted = any(fnmatchcase(name, pattern) for pattern in self.quantize)
-        return wanted and not any(fnmatchcase(name, pattern) for pattern in self.skip)
 
 
 def target_of(
@@ -153,12 +106,12 @@ def target_of(
                 f"{', '.join(known_classes())}); give blocks, quantize and timestep_argument"
             )
         defaults = _Defaults((), (), (), timestep_argument)
-    names = _linear_names(model)
+    names = linear_names(model)
     return PTQTarget(
         model,
-        _present(defaults.blocks, _module_names(model)) if blocks is None else blocks,
-        _present(defaults.quantize, names) if quantize is None else quantize,
-        _present(defaults.skip, names) if skip is None else skip,
+        present(defaults.blocks, _module_names(model)) if blocks is None else blocks,
+        present(defaults.quantize, names) if quantize is None else quantize,
+        present(defaults.skip, names) if skip is None else skip,
         timestep_argument or defaults.timestep_argument,
     )
 
@@ -179,22 +132,5 @@ def transformer_of(pipeline: Any) -> nn.Module:
     )
 
 
-def _present(patterns: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
-    """Defaults that this model has something for: a small one may have no text stream."""
-    return tuple(p for p in patterns if any(fnmatchcase(name, p) for name in names))
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-
-
 def _module_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules()]
-
-
-def _no_match(pattern: str, names: Sequence[str], model: nn.Module) -> str:
-    near = get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names)[:3]
-    return (
-        f"pattern {pattern!r} matches no linear layer of {type(model).__name__}; near names: "
-        f"{', '.join(near) or 'it has none'}"
-    )

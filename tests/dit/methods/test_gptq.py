@@ -4,7 +4,7 @@ import torch
 
 from dit_qat.calibration import BlockView
 from dit_qat.dit.methods import GPTQ, RTN
-from dit_qat.dit.methods.rounding import GPTQSettings
+from dit_qat.layers.rounding import GPTQSettings
 
 
 def test_gptq_beats_rounding_to_nearest_on_its_calibration(

@@ -21,9 +21,9 @@ from dit_qat.dit.methods import (
 from dit_qat.dit.methods.evolution import Evolution
 from dit_qat.dit.methods.mixed_precision import MixedPrecision
 from dit_qat.dit.methods.reconstruction import Reconstruction
-from dit_qat.dit.methods.rounding import ClipSearch, GPTQSettings
 from dit_qat.dit.ptq import PTQMethod, quantize_post_training, target_of
 from dit_qat.layers import IntLinear
+from dit_qat.layers.rounding import ClipSearch, GPTQSettings
 
 SHORT = Evolution(epochs=1, population=4, crossover=2, mutation=2)
 

@@ -8,8 +8,8 @@ from dit_qat.calibration import BlockView
 from dit_qat.dit.methods import PTQ4DiT
 from dit_qat.dit.methods.ptq4dit import spearman, temporal_salience
 from dit_qat.dit.methods.reconstruction import Reconstruction
-from dit_qat.dit.methods.rounding import ClipSearch
 from dit_qat.dit.methods.smoothing import stacked_weight, weight_maxima
+from dit_qat.layers.rounding import ClipSearch
 
 QKV = tuple(f"blocks.0.attn.to_{x}" for x in "qkv")
 

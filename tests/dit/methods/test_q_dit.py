@@ -9,9 +9,9 @@ from dit_qat.calibration import CallStore
 from dit_qat.dit.methods import QDiT
 from dit_qat.dit.methods.evolution import Evolution
 from dit_qat.dit.methods.output_error import OutputError
-from dit_qat.dit.methods.rounding import round_nearest
 from dit_qat.dit.ptq import PTQRun, quantize_post_training, target_of
 from dit_qat.layers import IntLinear, TokenQuantizer
+from dit_qat.layers.rounding import round_nearest
 
 SHORT = Evolution(epochs=2, population=8, crossover=4, mutation=4)
 

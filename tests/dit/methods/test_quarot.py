@@ -7,8 +7,8 @@ from torch import nn
 
 from dit_qat.calibration import BlockView, LinearStatistics, Needs
 from dit_qat.dit.methods import RTN, QuaRot
-from dit_qat.dit.methods.rounding import ClipSearch
 from dit_qat.layers import TransformStep
+from dit_qat.layers.rounding import ClipSearch
 
 
 def layer_of(width: int, **options: Any) -> nn.Module:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dit_qat.dit.models.packed_diffusers import parameters_on_meta
+from dit_qat.export.meta import parameters_on_meta
 from dit_qat.export.registry import architecture_named, architecture_of, timestep_argument
 from dit_qat.export.skeleton import build_skeleton
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from dit_qat.calibration.table import LayerRow
 from dit_qat.dit.ptq.report import PTQReport, Score, write_ptq_report
-from dit_qat.dit.ptq.table import LayerRow
 
 SAMPLES, POLICY = b"\x89PNG samples", b"\x89PNG policy"
 

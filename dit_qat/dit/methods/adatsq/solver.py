@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dit_qat.calibration.statistics import LinearStatistics
-from dit_qat.dit.methods.rounding import transformed_moment
 from dit_qat.dit.methods.svdquant import leading_factors
 from dit_qat.layers.input_transform import InputTransform
+from dit_qat.layers.rounding import transformed_moment
 from dit_qat.layers.token_quantizer import TokenQuantizer
 from dit_qat.primitives.second_moment import SecondMoment
 

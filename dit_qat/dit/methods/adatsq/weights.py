@@ -20,13 +20,6 @@ from dit_qat.dit.methods.adatsq.solver import (
     weighted_factors,
 )
 from dit_qat.dit.methods.rotation import rotation_of
-from dit_qat.dit.methods.rounding import (
-    ClipSearch,
-    GPTQSettings,
-    Rounded,
-    legal_group,
-    round_gptq,
-)
 from dit_qat.dit.methods.svdquant import (
     Branched,
     SharedLayers,
@@ -37,6 +30,13 @@ from dit_qat.dit.methods.svdquant import (
 from dit_qat.dit.randomness import derive_seed
 from dit_qat.layers.input_transform import InputTransform, Rotate
 from dit_qat.layers.int_linear import IntLinear
+from dit_qat.layers.rounding import (
+    ClipSearch,
+    GPTQSettings,
+    Rounded,
+    legal_group,
+    round_gptq,
+)
 from dit_qat.layers.token_quantizer import TokenQuantizer
 from dit_qat.primitives.integer import IntegerGrid, Scales
 

@@ -29,11 +29,11 @@ from dit_qat.dit.methods.clq.smoothing import (
     choose_smoothing,
     smoothings,
 )
-from dit_qat.dit.methods.rounding import transformed_moment
 from dit_qat.dit.methods.settings import refuse_both
 from dit_qat.dit.ptq.method import PTQMethod, PTQRun
 from dit_qat.dit.randomness import derive_seed
 from dit_qat.layers.int_linear import IntLinear
+from dit_qat.layers.rounding import transformed_moment
 from dit_qat.layers.token_quantizer import TokenQuantizer
 from dit_qat.primitives.compensation import column_by_column, compensate
 from dit_qat.primitives.integer import IntegerGrid, decode, encode

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from dit_qat.calibration import CallStore
+from dit_qat.calibration.engine import RunResult
 from dit_qat.dit.methods.adatsq import AdaTSQ, AdaTSQConfig, WeightSettings
 from dit_qat.dit.models import DiT
-from dit_qat.dit.ptq import PTQResult, Trajectory, quantize_post_training
+from dit_qat.dit.ptq import Trajectory, quantize_post_training
 from dit_qat.dit.sampling import SamplerConfig
 
 SAMPLER = SamplerConfig(steps=4, batch_size=32)
@@ -17,11 +18,11 @@ SMALL = WeightSettings(bits=4, base="plain", group_size=32, clip=None, probe_cal
 
 
 @pytest.fixture
-def quantize(calibrated: tuple[Callable[[], DiT], CallStore]) -> Callable[..., PTQResult]:
+def quantize(calibrated: tuple[Callable[[], DiT], CallStore]) -> Callable[..., RunResult]:
     """Run AdaTSQ with some settings on the small DiT."""
     make, store = calibrated
 
-    def run(quality: Any = None, trajectory: bool = True, **settings: Any) -> PTQResult:
+    def run(quality: Any = None, trajectory: bool = True, **settings: Any) -> RunResult:
         model = make()
         path = Trajectory(model, SAMPLER, 4) if trajectory else None
         small = {"weights": SMALL, "search_images": 1, "final_images": 2, "fisher_rows": 4}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_qat.calibration import CallStore
+from dit_qat.calibration.engine import RunResult
 from dit_qat.dit.methods import RTN
 from dit_qat.dit.methods.adatsq import AdaTSQ, AdaTSQConfig, Policy, WeightSettings
 from dit_qat.dit.methods.adatsq.search import (
@@ -16,11 +17,11 @@ from dit_qat.dit.methods.adatsq.search import (
     search_path,
 )
 from dit_qat.dit.models import DiT
-from dit_qat.dit.ptq import PTQResult, Trajectory, quantize_post_training
+from dit_qat.dit.ptq import Trajectory, quantize_post_training
 from dit_qat.dit.sampling import SamplerConfig
 from dit_qat.layers import IntLinear
 
-Quantize = Callable[..., PTQResult]
+Quantize = Callable[..., RunResult]
 OFFERED = [[(3,) * 8, (3, 8) * 4, (4,) * 8]] * 4
 CAPACITY = 4 * 8 * 4
 
@@ -29,7 +30,7 @@ def _layers(model: nn.Module) -> dict[str, IntLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, IntLinear)}
 
 
-def _policy(result: PTQResult) -> Policy:
+def _policy(result: RunResult) -> Policy:
     return Policy.from_dict(result.report["policy"], "report")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from dit_qat.layers.coded_linear import CodedLinear
 from dit_qat.layers.int_linear import IntLinear
 
 __all__ = ["LayerRow", "average_bits", "bits_table"]
@@ -22,8 +23,8 @@ class LayerRow:
         name: Full name.
         in_features: Inputs.
         out_features: Outputs.
-        weight_bits: Of a code.
-        effective_weight_bits: With scales, zero points, transform and branch.
+        weight_bits: Nominal: of a code, or as the paper counts.
+        effective_weight_bits: With scales, zero points, masks, transform and branch.
         activation_bits: Mean over timesteps, if they differ; 16 where the input stays float.
         tokens: Rows that it saw in calibration.
         error: Relative squared error of its output in calibration, its input being float.
@@ -33,7 +34,7 @@ class LayerRow:
     name: str
     in_features: int
     out_features: int
-    weight_bits: int
+    weight_bits: float
     effective_weight_bits: float
     activation_bits: float
     tokens: int
@@ -53,7 +54,7 @@ class LayerRow:
 def bits_table(
     model: nn.Module, names: Sequence[str], notes: Mapping[str, Mapping[str, Any]]
 ) -> list[LayerRow]:
-    """One row for each of the named linears that is an :class:`IntLinear`.
+    """One row for each of the named linears that is quantized.
 
     Args:
         model: Quantized.
@@ -63,7 +64,7 @@ def bits_table(
     rows = []
     for name in names:
         layer = model.get_submodule(name)
-        if isinstance(layer, IntLinear):
+        if isinstance(layer, IntLinear | CodedLinear):
             note = notes.get(name, {})
             rows.append(_row(name, layer, int(note.get("tokens", 0)), float(note["error"])))
     return rows
@@ -87,19 +88,15 @@ def average_bits(rows: Sequence[LayerRow]) -> dict[str, float]:
     return {**found, "effective_weight_bits": fmean(effective, sizes)}
 
 
-def _row(name: str, layer: IntLinear, tokens: int, error: float) -> LayerRow:
-    config = layer.config
-    if config.step_bits is not None:
-        activation = fmean(config.step_bits.bits)
-    else:
-        activation = config.activation.bits if config.activation is not None else _FLOAT_BITS
+def _row(name: str, layer: IntLinear | CodedLinear, tokens: int, error: float) -> LayerRow:
+    activation = layer.activation_bits
     return LayerRow(
         name,
         layer.in_features,
         layer.out_features,
-        config.grid.bits,
+        layer.nominal_weight_bits,
         layer.effective_weight_bits,
-        float(activation),
+        float(_FLOAT_BITS if activation is None else activation),
         tokens,
         error,
         layer.bytes_stored,

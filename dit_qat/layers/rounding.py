@@ -7,7 +7,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dit_qat.layers import InputTransform, IntLinear, TokenQuantizer
+from dit_qat.layers.input_transform import InputTransform
+from dit_qat.layers.int_linear import IntLinear
+from dit_qat.layers.token_quantizer import TokenQuantizer
+from dit_qat.primitives.asymmetric import Asymmetric
+from dit_qat.primitives.column_order import Order
 from dit_qat.primitives.compensation import Block, column_by_column, compensate
 from dit_qat.primitives.integer import IntegerGrid, Scales, decode, divisors, encode, fit_scales
 from dit_qat.primitives.second_moment import SecondMoment
@@ -162,10 +166,12 @@ def round_gptq(
     settings: GPTQSettings,
     clip: ClipSearch | None = None,
     transform: InputTransform | None = None,
+    order: Order | None = None,
+    asymmetric: Asymmetric | None = None,
 ) -> Rounded:
     """Round a weight column by column, later columns making up for the error of earlier ones.
 
-    GPTQ, arXiv:2210.17323, algorithm 1.
+    GPTQ, arXiv:2210.17323, algorithm 1; GPTAQ, arXiv:2504.02692, with its asymmetric term.
 
     Args:
         weight: (out, in), of transformed inputs.
@@ -174,6 +180,8 @@ def round_gptq(
         settings: Damping, blocks and order.
         clip: How scales are found; None: from the full range.
         transform: What the inputs pass before they meet the weight.
+        order: Of the columns; None: as the settings have it.
+        asymmetric: Makes up for the error of the (transformed) inputs as well.
 
     Raises:
         ValueError: without a second moment, or for shapes that do not fit.
@@ -188,9 +196,10 @@ def round_gptq(
         second_moment if transform is None else transformed_moment(second_moment, transform),
         rounder,
         settings.block_size,
-        order="activation" if settings.act_order else None,
+        order="activation" if order is None and settings.act_order else order,
         group_size=whole_groups,
         damping=settings.damping,
+        asymmetric=asymmetric,
     )
     return Rounded(rounder.codes, rounder.scales, compensated.weight)
 
@@ -210,10 +219,11 @@ class _ColumnRounder:
         self, weight: Tensor, grid: IntegerGrid, clip: ClipSearch | None, settings: GPTQSettings
     ) -> None:
         self.grid, self.clip = grid, clip
-        self.scales = choose_scales(weight, grid, clip)
+        self._refits = grid.group_size is not None and not settings.static_groups
+        # Refitted scales only need room here, which the full range makes cheaply.
+        self.scales = choose_scales(weight, grid, None if self._refits else clip)
         dtype = torch.int8 if grid.symmetric else torch.uint8
         self.codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        self._refits = grid.group_size is not None and not settings.static_groups
         self._sweep = column_by_column(self._column)
 
     def __call__(self, W: Tensor, block: Block) -> Tensor:

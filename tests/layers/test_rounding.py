@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_qat.dit.methods.rounding import (
+from dit_qat.layers import InputTransform, Permute, Rotate, Scale
+from dit_qat.layers.rounding import (
     ClipSearch,
     GPTQSettings,
     choose_scales,
@@ -13,7 +14,6 @@ from dit_qat.dit.methods.rounding import (
     round_nearest,
     transformed_moment,
 )
-from dit_qat.layers import InputTransform, Permute, Rotate, Scale
 from dit_qat.primitives.hadamard import Rotation
 from dit_qat.primitives.integer import IntegerGrid, decode, encode
 from dit_qat.primitives.second_moment import SecondMoment

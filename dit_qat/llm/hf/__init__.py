@@ -1,0 +1,1 @@
+"""Packed folders as transformers reads and writes them."""

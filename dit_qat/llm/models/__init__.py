@@ -1,0 +1,38 @@
+"""Language models of Hugging Face: loading, the roles of their layers, blocks one at a time."""
+
+from dit_qat.llm.models.checks import (
+    check_tokenizer,
+    check_windows,
+    window_length,
+    window_limit,
+)
+from dit_qat.llm.models.loading import LoadedLLM, load_llm, load_llm_by_block
+from dit_qat.llm.models.residency import BlockResidency
+from dit_qat.llm.models.roles import (
+    FAMILIES,
+    Family,
+    Roles,
+    check_unshared,
+    roles_of,
+    shared_weights,
+)
+from dit_qat.llm.models.shipped import shipped_model, shipped_text
+
+__all__ = [
+    "FAMILIES",
+    "BlockResidency",
+    "Family",
+    "LoadedLLM",
+    "Roles",
+    "check_tokenizer",
+    "check_unshared",
+    "check_windows",
+    "load_llm",
+    "load_llm_by_block",
+    "roles_of",
+    "shared_weights",
+    "shipped_model",
+    "shipped_text",
+    "window_length",
+    "window_limit",
+]
