@@ -80,9 +80,10 @@ def parse(words: list[str]) -> None:
     verb = VERBS[words[0]]
     if verb.module is None:
         run_training(words)
-    else:
-        function = getattr(import_module(verb.module), words[0].replace("-", "_"))
-        run_function(wraps(function)(stop), "dit-qat", words[1:])
+        return
+    name, *options = words[1:] if verb.inner else words
+    function = getattr(import_module(verb.module), name.replace("-", "_"))
+    run_function(wraps(function)(stop), "dit-qat", options)
 
 
 @pytest.mark.parametrize("page", [README, *sorted(ROOT.glob("docs/*.md"))], ids=lambda p: p.name)
