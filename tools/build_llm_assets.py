@@ -258,7 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "dit_qat" / "llm" / "assets")
     parser.add_argument("--run", type=Path, default=Path("runs/llm_assets"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--library", type=Path, default=Path(sysconfig.get_path("stdlib")))
     arguments = parser.parse_args()

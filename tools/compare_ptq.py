@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dit_qat.allocation import allocate_bits
-from dit_qat.calibration import CallStore
+from dit_qat.calibration import CallStore, RunResult
 from dit_qat.calibration.table import average_bits, bits_table
 from dit_qat.dit.evaluation.images import image_grid, save_png
 from dit_qat.dit.experiment import score
@@ -40,7 +40,6 @@ from dit_qat.dit.methods.adatsq import Policy, WeightSettings
 from dit_qat.dit.models import DiT, load_dit
 from dit_qat.dit.ptq import (
     PTQMethod,
-    PTQResult,
     Trajectory,
     calibrate_dit,
     float_trajectory,
@@ -108,7 +107,7 @@ class Bench:
         search = Trajectory(model, elsewhere, images=min(images, 32))
         return cls(model, sampler, store, search, judged, float_trajectory(judged, model))
 
-    def quantized(self, method: PTQMethod) -> PTQResult:
+    def quantized(self, method: PTQMethod) -> RunResult:
         model = copy.deepcopy(self.model)
         return quantize_post_training(
             model, method, self.store, trajectory=self.search, seed=self.sampler.seed

@@ -77,7 +77,9 @@ def test_a_permutation_of_outputs_folds_into_the_rows_of_the_layer_before() -> N
     torch.testing.assert_close(folded, hidden[:, order])
     plain = down.without_order()
     assert plain.order is None
-    torch.testing.assert_close(folded @ plain.decode().T, hidden @ down.decode().T)
+    torch.testing.assert_close(
+        folded @ plain.decode().T, hidden @ down.decode().T, rtol=1e-4, atol=1e-3
+    )
 
 
 def test_group_sums_of_the_inputs_stand_for_the_offsets() -> None:
