@@ -92,10 +92,11 @@ def exponent(seconds: dict[int, float]) -> float:
 
 def table(found: dict[str, Any]) -> str:
     widths, tokens = found["width"], found["tokens"]
+    sizes = [sorted(next(iter(runs.values()))) for runs in (widths, tokens)]
     lines = [
-        "| method | " + " | ".join(f"{w} wide" for w in WIDTHS) + " | exponent | "
-        "" + " | ".join(f"{n} tokens" for n in TOKENS) + " | exponent |",
-        "|---|" + "---|" * (len(WIDTHS) + len(TOKENS) + 2),
+        "| method | " + " | ".join(f"{width} wide" for width in sizes[0]) + " | exponent | "
+        "" + " | ".join(f"{count} tokens" for count in sizes[1]) + " | exponent |",
+        "|---|" + "---|" * (len(sizes[0]) + len(sizes[1]) + 2),
     ]
     for name in widths:
         row = [name]
@@ -111,6 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=[*METHODS])
     parser.add_argument("--block", action="store_true", help="a block of DiT-XL/2 only")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="JSON file")
     arguments = parser.parse_args()
@@ -123,8 +126,9 @@ def main() -> None:
             found["block"][name] = run
             print(name, {key: round(value, 2) for key, value in run.items()}, flush=True)
             continue
-        found["width"][name] = {w: cell(name, w, FIXED_TOKENS)["seconds"] for w in WIDTHS}
-        found["tokens"][name] = {n: cell(name, FIXED_WIDTH, n)["seconds"] for n in TOKENS}
+        widths, tokens = arguments.widths, arguments.tokens
+        found["width"][name] = {w: cell(name, w, FIXED_TOKENS)["seconds"] for w in widths}
+        found["tokens"][name] = {n: cell(name, FIXED_WIDTH, n)["seconds"] for n in tokens}
         print(name, found["width"][name], found["tokens"][name], flush=True)
     if not arguments.block:
         print(table(found))
