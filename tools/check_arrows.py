@@ -16,7 +16,8 @@ ALLOWED: dict[str, set[str]] = {
     "allocation": {"primitives", "kernels", "layers"},
     "export": {"primitives", "kernels", "layers"},
 }
-ALLOWED["dit"] = ALLOWED["llm"] = {*ALLOWED["export"], "calibration", "allocation", "export"}
+ALLOWED["report"] = {*ALLOWED["calibration"], "calibration"}
+ALLOWED["dit"] = ALLOWED["llm"] = {*ALLOWED["report"], "allocation", "export", "report"}
 ALLOWED["cli"] = {*ALLOWED["dit"], "dit", "llm"}
 
 ROOT_USERS = {"dit", "llm", "cli"}  # for the version

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
-from dit_qat.dit.report.style import COLOURS, DPI, FAINT, INK, LINES, TEXT, WIDTH, as_png
+from dit_qat.report.style import COLOURS, DPI, FAINT, INK, LINES, TEXT, WIDTH, as_png
 
 CELLS = ("w8a8", "w4a8", "w4a4", "w3a3", "w3a3.1")
 SHOWN = ("rtn", "smoothquant", "vidit_q", "quarot", "clq-exact", "svdquant", "adatsq")

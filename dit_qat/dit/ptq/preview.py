@@ -12,7 +12,7 @@ from torch import nn
 from dit_qat.calibration import Call, CallStore, evaluating
 from dit_qat.calibration.target import Target
 from dit_qat.calibration.trees import map_tensors, tensors_of
-from dit_qat.dit.report.page import duration
+from dit_qat.report.page import duration
 
 __all__ = ["Preview", "preview"]
 

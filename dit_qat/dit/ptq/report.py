@@ -4,16 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from statistics import fmean
 
 from dit_qat.calibration.table import LayerRow
-from dit_qat.dit.report.page import bullets, duration, page, paragraph, picture, section, table
-from dit_qat.dit.report.plots_ptq import block_and_kind
 from dit_qat.export.files import written_whole
+from dit_qat.report.layers import layer_table
+from dit_qat.report.page import bullets, duration, page, paragraph, picture, section, table
 
 __all__ = ["PTQReport", "Score", "write_ptq_report"]
-
-_MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def _body(report: PTQReport) -> list[str]:
         drawing = picture(report.policy, "Activation bits by layer and timestep", _POLICY_NOTE)
         average = report.averages["activation_bits"]
         parts.append(section(f"Policy, {average:.3f} activation bits on average", drawing))
-    parts.append(section("Layers", _layers(report.layers)))
+    parts.append(section("Layers", layer_table(report.layers)))
     parts.append(section("How to read this", bullets((*_READING, *report.notes))))
     return parts
 
@@ -138,37 +135,6 @@ def _score_row(score: Score) -> tuple[str, ...]:
     return score.label, format(score.before, score.form), after, ratio
 
 
-def _layers(rows: Sequence[LayerRow]) -> str:
-    header = ("Layer", "In", "Out", "W bits", "Effective", "A bits", "Error")
-    if len(rows) <= _MOST_ROWS:
-        return table(header, [_layer_row(row.name, [row]) for row in rows])
-    kinds: dict[str, list[LayerRow]] = {}
-    for row in rows:
-        kinds.setdefault(f"{_KIND}.{block_and_kind(row.name)[1]}", []).append(row)
-    lines = [_layer_row(f"{name} ({len(own)})", own) for name, own in kinds.items()]
-    return table(header, lines) + paragraph(_KINDS_NOTE, "note")
-
-
-def _layer_row(name: str, rows: Sequence[LayerRow]) -> tuple[str, ...]:
-    def mean(what: str) -> float:
-        return fmean(getattr(row, what) for row in rows)
-
-    return (
-        name,
-        _one_or_many({row.in_features for row in rows}),
-        _one_or_many({row.out_features for row in rows}),
-        f"{mean('weight_bits'):.3g}",
-        f"{mean('effective_weight_bits'):.2f}",
-        f"{mean('activation_bits'):.3g}",
-        f"{mean('error'):.2g}",
-    )
-
-
-def _one_or_many(sizes: set[int]) -> str:
-    return f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} – {max(sizes):,}"
-
-
-_KIND = "*"
 _BITS = (
     ("Weight bits, mean over layers", "weight_bits"),
     ("Effective weight bits, scales and branches included", "effective_weight_bits"),
@@ -188,7 +154,6 @@ _POLICY_NOTE = (
     "Activation bits of every layer at every timestep of the search. Weights are the same at all "
     "timesteps. Between two timesteps, and for another number of steps, the nearest one counts."
 )
-_KINDS_NOTE = "Means over the layers of one kind; metrics.json has every layer."
 _READING = (
     "Trajectory error: both models start from the same noise and each follows its own images; the "
     "mean over steps of the squared distance between them over the squared norm of the float "

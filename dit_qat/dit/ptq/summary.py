@@ -16,7 +16,8 @@ from dit_qat.dit.ptq.report import PTQReport, Score
 from dit_qat.dit.ptq.results import DRAWN, Results, as_plain, policy_of
 from dit_qat.dit.ptq.text_to_image import video_writer
 from dit_qat.dit.report.plots_policy import policy_plot
-from dit_qat.dit.report.plots_ptq import layer_error_plot, pairs_plot, step_error_plot
+from dit_qat.dit.report.plots_ptq import pairs_plot, step_error_plot
+from dit_qat.report.layers import layer_error_plot
 
 __all__ = ["metrics_of", "results_of"]
 

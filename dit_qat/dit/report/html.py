@@ -6,9 +6,9 @@ from html import escape
 from pathlib import Path
 from statistics import stdev
 
-from dit_qat.dit.report.page import bullets, duration, page, paragraph, picture, section, table
 from dit_qat.dit.report.plots import Comparison, comparison_plot
 from dit_qat.export.files import written_whole
+from dit_qat.report.page import bullets, duration, page, paragraph, picture, section, table
 
 __all__ = ["Report", "write_report"]
 

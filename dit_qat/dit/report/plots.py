@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from dit_qat.allocation import BitMap
 from dit_qat.dit.evaluation.images import image_grid
 from dit_qat.dit.evaluation.sensitivity import Sensitivity
-from dit_qat.dit.report.style import (
+from dit_qat.report.style import (
     DPI,
     FAINT,
     INK,

@@ -8,8 +8,8 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.patches import Patch
 
 from dit_qat.dit.methods.adatsq.policy import Policy
-from dit_qat.dit.report.plots_ptq import block_and_kind
-from dit_qat.dit.report.style import FAINT, INK, SMALL, TEXT, as_png, new_figure
+from dit_qat.report.layers import block_and_kind
+from dit_qat.report.style import FAINT, INK, SMALL, TEXT, as_png, new_figure
 
 __all__ = ["policy_plot"]
 

@@ -5,13 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dit_qat.dit.report.plots_ptq import (
-    block_and_kind,
-    layer_error_plot,
-    pairs_plot,
-    step_error_plot,
-)
-from dit_qat.dit.report.style import COLOURS
+from dit_qat.dit.report.plots_ptq import pairs_plot, step_error_plot
+from dit_qat.report.style import COLOURS
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -21,33 +16,6 @@ def pixels(png: bytes) -> np.ndarray:
 def has_colour(png: bytes, colour: str) -> bool:
     wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     return bool((np.abs(pixels(png).astype(int) - wanted).sum(-1) < 6).any())
-
-
-def test_every_kind_of_layer_has_its_line() -> None:
-    names = [f"blocks.{i}.{kind}" for i in range(3) for kind in ("attn.qkv", "mlp.fc1")]
-    png = layer_error_plot(dict.fromkeys(names, 1e-3) | {"blocks.1.mlp.fc1": 0.0})
-    assert has_colour(png, COLOURS[0])
-    assert has_colour(png, COLOURS[1])
-    assert not has_colour(png, COLOURS[2])
-
-
-def test_hundreds_of_layers_take_no_more_room() -> None:
-    few = {f"blocks.{i}.attn.qkv": 1e-3 for i in range(2)}
-    many = {f"blocks.{i}.attn.qkv": 1e-3 for i in range(200)}
-    many |= {f"single.{i}.attn.qkv": 2e-3 for i in range(200)}
-    assert pixels(layer_error_plot(many)).shape == pixels(layer_error_plot(few)).shape
-
-
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    [
-        ("blocks.11.attn.qkv", ("blocks.11", "attn.qkv")),
-        ("a.b.3.ff.net.0.proj", ("a.b.3", "ff.net.0.proj")),
-        ("proj_out", ("proj_out", "proj_out")),
-    ],
-)
-def test_a_name_is_split_behind_its_first_number(name: str, parts: tuple[str, str]) -> None:
-    assert block_and_kind(name) == parts
 
 
 def test_errors_by_timestep_may_be_zero_and_in_any_unit() -> None:
@@ -71,8 +39,6 @@ def test_curves_that_do_not_fit_are_refused() -> None:
         step_error_plot({"a": ([1.0, 0.0], [0.1])})
     with pytest.raises(ValueError, match="no errors by timestep"):
         step_error_plot({})
-    with pytest.raises(ValueError, match="no layer errors"):
-        layer_error_plot({})
 
 
 @pytest.mark.parametrize(("count", "side"), [(1, 8), (100, 8), (16, 32), (4, 256), (3, 900)])
