@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 
+from dit_qat.cli import llm
 from dit_qat.cli.ptq import METHODS, ptq
 from dit_qat.cli.training import TrainingCLI, run_training
 from dit_qat.cli.verbs import run_function
@@ -31,6 +32,7 @@ DIGITS = sorted((CONFIGS / "digits").glob("*.yaml"))
 RECIPES = sorted((CONFIGS / "digits").glob("*_a[234].yaml"))
 LATENTS = sorted([*CONFIGS.glob("imagenet/*.yaml"), *CONFIGS.glob("ffhq/*.yaml")])
 PTQ = sorted((CONFIGS / "ptq").glob("*.yaml"))
+LLM = sorted((CONFIGS / "llm").glob("*.yaml"))
 PTQ_MODELS = {
     "digits": "DiT",
     "dit_xl2": "DiT",
@@ -68,7 +70,7 @@ def name_of(path: Path) -> str:
 
 
 def test_every_config_is_tested() -> None:
-    assert sorted([*DIGITS, *LATENTS, *PTQ]) == sorted(CONFIGS.rglob("*.yaml"))
+    assert sorted([*DIGITS, *LATENTS, *PTQ, *LLM]) == sorted(CONFIGS.rglob("*.yaml"))
     assert len(RECIPES) >= 5
     assert len(LATENTS) >= 11
 
@@ -213,3 +215,21 @@ def _as_config(value: Any, like: Any) -> Any:
     if isinstance(like, tuple):
         return tuple(value)
     return type(like)(**value) if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("path", LLM, ids=name_of)
+def test_config_of_a_language_model_is_read(path: Path) -> None:
+    given: dict[str, Any] = {}
+
+    @wraps(llm.quantize)
+    def record(**options: Any) -> None:
+        given.update(options)
+
+    run_function(record, "dit-qat llm quantize", ["--config", str(path)])
+    method = llm.method_of(given["method"], given["settings"])
+    assert path.stem.startswith(given["method"])
+    assert given["windows"] == 128
+    assert given["length"] in (None, 2048)
+    assert Path(given["out"]) == Path("runs/llm") / path.stem
+    for name, value in given["settings"].items():
+        assert getattr(method.config, name) == value

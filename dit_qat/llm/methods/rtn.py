@@ -3,15 +3,19 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from dit_qat.calibration import LinearStatistics, Method, Needs
+from dit_qat.layers.coded_linear import CodedLinear
 from dit_qat.layers.int_linear import IntLinear
+from dit_qat.layers.plane_code import PlaneCode
 from dit_qat.layers.rounding import ClipSearch, Rounded, legal_group, nearest_layer, round_nearest
+from dit_qat.layers.ternary_code import stored_half
 from dit_qat.llm.methods.settings import settled
 from dit_qat.primitives.integer import IntegerGrid
 
-__all__ = ["RTN", "RTNConfig", "grid_of", "quantize_weight"]
+__all__ = ["RTN", "RTNConfig", "grid_of", "quantize_weight", "sign_code"]
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,13 @@ class RTNConfig:
     """Settings of :class:`RTN`.
 
     Attributes:
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4 or 8; or 1, which is signs times the mean magnitude of a group, the nearest
+            of two opposite levels (two codes that reach from the least weight to the greatest
+            would have one level at zero).
         group_size: Inputs that share a scale, the largest divisor of a width up to this; None: a
             scale per output.
-        symmetric: Signed codes; otherwise with a zero point.
-        clip: Search of the range; None: the full one.
+        symmetric: Signed codes; otherwise with a zero point. One bit has none.
+        clip: Search of the range; None: the full one. One bit has no range.
 
     Raises:
         ValueError: for bits or a group outside their range.
@@ -35,7 +41,10 @@ class RTNConfig:
     clip: ClipSearch | None = None
 
     def __post_init__(self) -> None:
-        IntegerGrid(self.bits, self.symmetric, self.group_size)
+        if self.bits != 1:
+            IntegerGrid(self.bits, self.symmetric, self.group_size)
+        elif self.clip is not None:
+            raise ValueError("bits=1 has no range to clip; leave clip out")
 
 
 def grid_of(bits: int, symmetric: bool, group_size: int | None, width: int) -> IntegerGrid:
@@ -48,6 +57,15 @@ def quantize_weight(weight: Tensor, config: RTNConfig) -> Rounded:
     """Round a weight (out, in); no data are needed."""
     grid = grid_of(config.bits, config.symmetric, config.group_size, weight.shape[1])
     return round_nearest(weight, grid, config.clip)
+
+
+def sign_code(weight: Tensor, group_size: int | None = 128) -> PlaneCode:
+    """One bit per weight (out, in): its sign, and the mean magnitude of its group."""
+    out, width = weight.shape
+    group = width if group_size is None else legal_group(width, group_size)
+    magnitudes = weight.detach().float().abs().view(out, -1, group).mean(-1, keepdim=True)
+    signs = torch.where(weight.detach() < 0, -1.0, 1.0)
+    return PlaneCode.build(signs[None], stored_half(magnitudes, "the mean magnitude"), group)
 
 
 class RTN(Method):
@@ -70,8 +88,10 @@ class RTN(Method):
 
     def quantize_linear(
         self, name: str, linear: nn.Linear, statistics: LinearStatistics
-    ) -> IntLinear:
+    ) -> IntLinear | CodedLinear:
         """Round one layer."""
         c = self.config
+        if c.bits == 1:
+            return CodedLinear.build(linear, sign_code(linear.weight, c.group_size))
         grid = grid_of(c.bits, c.symmetric, c.group_size, linear.in_features)
         return nearest_layer(linear, grid, None, clip=c.clip)
