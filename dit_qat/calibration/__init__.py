@@ -11,7 +11,7 @@ from dit_qat.calibration.driver import Prefix, drive
 from dit_qat.calibration.engine import RunResult, run_method
 from dit_qat.calibration.memory import MemoryPlan
 from dit_qat.calibration.method import BlockMethod, Method, Run
-from dit_qat.calibration.state import ResumeState, fingerprint, register_codec
+from dit_qat.calibration.state import ResumeState, fingerprint, register_codec, remove_state
 from dit_qat.calibration.statistics import LinearStatistics, Needs
 from dit_qat.calibration.table import LayerRow, average_bits, bits_table
 from dit_qat.calibration.target import Target
@@ -41,6 +41,7 @@ __all__ = [
     "fingerprint",
     "record_calls",
     "register_codec",
+    "remove_state",
     "run_method",
     "swapped",
 ]

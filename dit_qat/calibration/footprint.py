@@ -1,7 +1,9 @@
 """Bytes that tensors take while something runs, counted operation by operation."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,7 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_qat.calibration.trees import tensors_of
 
-__all__ = ["Footprint"]
+__all__ = ["Footprint", "uncounted"]
+
+_UNCOUNTED = ContextVar("uncounted", default=False)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """What comes to be here is no news to a :class:`Footprint`: weights that a block reads in."""
+    token = _UNCOUNTED.set(True)
+    try:
+        yield
+    finally:
+        _UNCOUNTED.reset(token)
 
 
 class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -47,9 +61,10 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._known:
+            size = 0 if _UNCOUNTED.get() else storage.nbytes()
             self._known.add(key)
-            weakref.finalize(storage, self._forget, key, storage.nbytes())
-            self.live += storage.nbytes()
+            weakref.finalize(storage, self._forget, key, size)
+            self.live += size
             self.peak = max(self.peak, self.live)
 
     def _forget(self, key: int, size: int) -> None:

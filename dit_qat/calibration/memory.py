@@ -15,6 +15,7 @@ __all__ = ["MemoryPlan", "plan_memory"]
 
 _COPIES = 12  # of a weight in float32, while its scales, rotation or branch are looked for
 _CROSSING = 3  # matrices of a layer's inputs by its inputs, while a cross moment is worked with
+_CODED = 10  # bits of a quantized weight with its side information, at most
 _READING = 10  # bytes per number while statistics of it are taken: float32, and which are finite
 
 
@@ -30,7 +31,8 @@ class MemoryPlan:
         states: What is known of all calls between two blocks.
         statistics: Of the linear layers of one block.
         weights: Of the float model and, at most as much as their float forms, of quantized layers
-            beside it; who keeps no float layers needs less.
+            beside it; who keeps no float layers needs less. Of a model whose blocks are on the meta
+            device until they run: what is in memory then, and quantized layers at 10 bits.
         probes: Calls on which errors are measured: inputs and float outputs of one block.
         work: What comes and goes: one call on its way through the model (counted in a call of each
             shape), or statistics being taken, or a method at work on its largest layer.
@@ -96,12 +98,11 @@ def plan_memory(
         sum(needs.bytes(chain.watch[name].in_features, len(store)) for name in leaders)
         for leaders in groups
     ]
-    linears = sum(linear.weight.nbytes for linear in chain.watch.values())
     return MemoryPlan(
         calls=0 if on_disk else store.bytes,
         states=(copies + 1) * widest if on_disk else copies * (max(states) + widest),
         statistics=max(statistics, default=0),
-        weights=_weights(chain.model) + linears,
+        weights=_weights(chain),
         probes=_probes(chain.model, min(needs.probe_calls, len(store)) * widest),
         work=max(_running(chain, set(shapes), groups, needs), _solving(chain, needs)),
     )
@@ -141,8 +142,17 @@ def _solving(chain: BlockChain, needs: Needs) -> int:
     return solver + 4 * _COPIES * max(rows * width for rows, width in sizes)
 
 
-def _weights(model: nn.Module) -> int:
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+def _weights(chain: BlockChain) -> int:
+    """Of the float model as it stands behind a call, and of quantized layers beside it."""
+    tensors = [*chain.model.parameters(), *chain.model.buffers()]
+    held = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
+    watched = [linear.weight for linear in chain.watch.values()]
+    if not any(tensor.is_meta for tensor in tensors):
+        return held + sum(weight.nbytes for weight in watched)
+    # Behind a call, the block that ran last is in memory; a larger one takes its place.
+    sizes = [sum(p.nbytes for p in block.parameters()) for _, block in chain.blocks]
+    coded = sum(weight.numel() for weight in watched) * _CODED // 8
+    return held + max(sizes) - sizes[-1] + coded
 
 
 def _size(count: int) -> str:

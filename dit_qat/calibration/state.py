@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from copy import deepcopy
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -15,10 +16,19 @@ from dit_qat.layers.coded_linear import CodedLinear
 from dit_qat.layers.int_linear import IntLinear, IntLinearConfig
 from dit_qat.layers.weight_code import Room, code_named
 
-__all__ = ["ModuleCodec", "ResumeState", "fingerprint", "register_codec", "tensors_digest"]
+__all__ = [
+    "ModuleCodec",
+    "ResumeState",
+    "fingerprint",
+    "register_codec",
+    "remove_state",
+    "tensors_digest",
+]
 
 _STATE = "state.json"
 _SAMPLED = 1024
+_BLOCKS, _NOTES = "block_*.safetensors", "notes_*.safetensors"
+_OWN = (_STATE, _BLOCKS, _NOTES, ".*.tmp", ".lock")
 
 
 class ModuleCodec(Protocol):
@@ -123,6 +133,7 @@ class ResumeState:
 
     Raises:
         ValueError: if the folder holds blocks of another fingerprint.
+        FileExistsError: if it holds files, and none of a run.
     """
 
     version: ClassVar[int] = 1
@@ -130,9 +141,10 @@ class ResumeState:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder, self.fingerprint = Path(folder), fingerprint
         path, wanted = self.folder / _STATE, {"version": self.version, "fingerprint": fingerprint}
-        if path.is_file():
-            self._check(path, wanted)
-        else:
+        if not self._is_ours(path, wanted):
+            self._check_free()
+            for notes in self.folder.glob(_NOTES):
+                notes.unlink()
             text = json.dumps(wanted, indent=2) + "\n"
 
             def write(temporary: Path) -> None:
@@ -189,23 +201,50 @@ class ResumeState:
     def all_notes(self) -> dict[str, Any]:
         """Plain values about all blocks."""
         found: dict[str, Any] = {}
-        for path in sorted(self.folder.glob("notes_*.safetensors")):
+        for path in sorted(self.folder.glob(_NOTES)):
             found |= load_tree(path)
         return found
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block_{index:04d}.safetensors"
 
-    def _check(self, path: Path, wanted: Mapping[str, Any]) -> None:
+    def _is_ours(self, path: Path, wanted: Mapping[str, Any]) -> bool:
+        """Whether the folder is of this run; of another, unless it has finished no block."""
+        if not path.is_file():
+            return False
+        finished = any(self.folder.glob(_BLOCKS))
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
+            if not finished:
+                return False
             raise ValueError(f"{path} is damaged ({error}); remove {self.folder}") from error
-        if found != wanted:
+        if found != wanted and finished:
             raise ValueError(
                 f"{self.folder} holds finished blocks of another run (model, calibration, method "
                 "or configuration differ); choose another folder, or remove it to start over"
             )
+        return bool(found == wanted)
+
+    def _check_free(self) -> None:
+        """Refuse to mix a run's files with others, which somebody may want to keep."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        names = (path.name for path in found)
+        other = next((n for n in names if not any(fnmatchcase(n, own) for own in _OWN)), None)
+        if other is not None:
+            raise FileExistsError(
+                f"{self.folder} holds other files, such as {other}, and no finished blocks; choose "
+                "a new or an empty folder for them"
+            )
+
+
+def remove_state(folder: Path) -> None:
+    """Remove what :class:`ResumeState` keeps, and the folder if nothing else is in it."""
+    for pattern in _OWN:
+        for path in folder.glob(pattern):
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,8 @@
 """``dit-qat llm``: language models quantized, judged, sampled, and written in plain form."""
 
-import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from pkgutil import walk_packages
@@ -9,21 +10,26 @@ from typing import Any, Literal
 
 import torch
 
-from dit_qat.calibration import LayerRow, Method
+from dit_qat.calibration import LayerRow, Method, RunResult, remove_state
 from dit_qat.dit.processes import pick_device
-from dit_qat.export.files import write_json
-from dit_qat.export.folders import written_folder
+from dit_qat.export.files import locked, write_json
+from dit_qat.export.finite import is_finite
+from dit_qat.export.folders import check_place, written_folder
 from dit_qat.export.writer import check_target
 from dit_qat.llm.data import calibration_windows, evaluation_windows
+from dit_qat.llm.decoding import decode_
 from dit_qat.llm.evaluation.perplexity import perplexity
+from dit_qat.llm.gguf import Options, write_gguf
 from dit_qat.llm.hf.folder import save_quantized
-from dit_qat.llm.models import load_llm
+from dit_qat.llm.models import LoadedLLM, load_llm, load_llm_to_quantize
 from dit_qat.llm.models.checks import window_length
-from dit_qat.llm.quantize import quantize_llm
+from dit_qat.llm.quantize import least_bytes, quantize_llm
+from dit_qat.llm.report import LLMReport, write_llm_report
 
-__all__ = ["evaluate", "export", "generate", "methods", "quantize"]
+__all__ = ["evaluate", "export", "generate", "method_of", "methods", "quantize"]
 
 METRICS = "metrics.json"
+REPORT = "report.html"
 
 _METHODS = "dit_qat.llm.methods"
 _CHECKED = 2  # windows on which what is written is run
@@ -41,6 +47,7 @@ def quantize(
     seed: int = 0,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
+    residency: Literal["auto", "all", "block"] = "auto",
     memory_gb: float | None = None,
     state: Path | None = None,
     overwrite: bool = False,
@@ -51,7 +58,7 @@ def quantize(
     where it was.
 
     Args:
-        out: Folder of the packed model, with its tokenizer and metrics.json.
+        out: Folder of the packed model, with its tokenizer, metrics.json and report.html.
         method: Name of a method, such as arb, pt2, d2quant or gptq; or a class path in YAML.
         model: Float: a folder or a hub id; tiny is the shipped one.
         calibration: A text file, wikitext2, c4 or ptb; tiny is the shipped text.
@@ -62,30 +69,37 @@ def quantize(
         seed: Of the windows, and of what the method draws.
         dtype: What the model computes in.
         device: auto, cpu, cuda or cuda:1.
-        memory_gb: What calibration may take.
+        residency: What of the float model is in memory: all of it, one block, or auto: all if 1.5
+            times its bytes are free. Same results.
+        memory_gb: What the model and calibration may take.
         state: Where finished blocks are kept meanwhile; by default beside the folder.
         overwrite: Replace a packed folder that is there.
 
     Raises:
         ValueError: for an unknown method, and for what it cannot quantize.
-        OSError: if a folder is in use or cannot be written.
+        OSError: if a folder is in use or cannot be written, or there is no room.
     """
+    kept = out.with_name(f".{out.name}.state") if state is None else state
     check_target(out, overwrite)
-    chosen = _chosen(method, settings)
-    loaded = load_llm(model, pick_device(device), getattr(torch, dtype))
+    for folder in (out, kept):
+        check_place(folder)
+    chosen, limit = method_of(method, settings), _limit(memory_gb)
+    place = pick_device(device)
+    loaded = load_llm_to_quantize(model, place, getattr(torch, dtype), residency, limit)
     size = window_length(loaded.model, length)
     ids = calibration_windows(calibration, loaded.tokenizer, windows, size, seed)
-    kept = out.with_name(f".{out.name}.state") if state is None else state
-    result = quantize_llm(
-        loaded.model,
-        chosen,
-        ids,
-        batch_size=batch,
-        seed=seed,
-        state_folder=kept,
-        limit_bytes=None if memory_gb is None else int(memory_gb * 1e9),
-        progress=True,
-    )
+    check_place(out, least_bytes(loaded.model))
+    with locked(kept):
+        result = quantize_llm(
+            loaded.model,
+            chosen,
+            ids,
+            batch_size=batch,
+            seed=seed,
+            state_folder=kept,
+            limit_bytes=limit,
+            progress=True,
+        )
     told = {"model": model, "calibration": calibration, "windows": windows, "length": size}
     saved = save_quantized(
         loaded.model,
@@ -96,13 +110,32 @@ def quantize(
         metrics={"method": chosen.name, **told, **result.plain()},
         overwrite=overwrite,
     )
-    shutil.rmtree(kept)
+    _write_page(out, chosen, result, saved.bytes, told)
+    remove_state(kept)
     _print_table(result.table)
     print(
         f"{out}: {saved.bytes / 1e6:.2f} MB, {result.averages['weight_bits']:.3f} nominal and "
         f"{result.averages['effective_weight_bits']:.3f} effective bits per weight of the "
-        f"quantized layers, {result.seconds:.0f} s"
+        f"quantized layers, {result.seconds:.0f} s\nreport: {out / REPORT}"
     )
+
+
+def _write_page(
+    out: Path, method: Method, result: RunResult, size: int, told: Mapping[str, Any]
+) -> None:
+    settings = asdict(method.config)
+    named = ", ".join(f"{k}={settings[k]}" for k in ("variant", "preset", "bits") if k in settings)
+    text = f"{told['windows']} windows of {told['length']} tokens of {told['calibration']}"
+    page = LLMReport(
+        str(told["model"]),
+        f"{method.name} ({named})" if named else method.name,
+        text,
+        result.seconds,
+        result.averages,
+        size,
+        result.table,
+    )
+    write_llm_report(out / REPORT, page)
 
 
 def evaluate(
@@ -114,6 +147,7 @@ def evaluate(
     tasks: list[str] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
+    decoded: bool | None = None,
     out: Path | None = None,
 ) -> None:
     """Measure perplexity on a text, and accuracy in zero-shot tasks.
@@ -127,6 +161,8 @@ def evaluate(
         tasks: Of lm-eval; by default none.
         dtype: What the model computes in.
         device: auto, cpu, cuda or cuda:1.
+        decoded: Decode packed weights once, into a float model's memory, instead of at every call;
+            by default where 0.8 of the free memory holds them.
         out: Folder for metrics.json; by default the numbers are only printed.
 
     Raises:
@@ -134,6 +170,7 @@ def evaluate(
         OSError: if a file cannot be read or written.
     """
     loaded = load_llm(model, pick_device(device), getattr(torch, dtype))
+    _decode(loaded.model, decoded)
     size = window_length(loaded.model, window)
     ids = evaluation_windows(text, loaded.tokenizer, size, windows)
     found = perplexity(loaded.model, ids, batch, progress=True)
@@ -158,6 +195,7 @@ def generate(
     seed: int = 0,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
+    decoded: bool | None = None,
 ) -> None:
     """Continue a text.
 
@@ -169,6 +207,8 @@ def generate(
         seed: Of the draws at higher temperatures.
         dtype: What the model computes in.
         device: auto, cpu, cuda or cuda:1.
+        decoded: Decode packed weights once, into a float model's memory, instead of at every call;
+            by default where 0.8 of the free memory holds them.
 
     Raises:
         ValueError: for tokens or a temperature out of range.
@@ -178,6 +218,7 @@ def generate(
             f"tokens={tokens}, temperature={temperature}: use at least 1 token, and 0 or more"
         )
     loaded = load_llm(model, pick_device(device), getattr(torch, dtype))
+    _decode(loaded.model, decoded)
     given = loaded.tokenizer(prompt, return_tensors="pt").to(next(loaded.model.parameters()).device)
     torch.manual_seed(seed)
     drawing: dict[str, Any] = {"do_sample": temperature > 0}
@@ -191,33 +232,82 @@ def generate(
 def export(
     model: str,
     out: Path,
+    format: Literal["folder", "gguf"] = "folder",
     dtype: Literal["float32", "bfloat16", "float16"] = "float16",
+    ternary: Literal["tq2_0", "tq1_0"] = "tq2_0",
+    dequantize: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a packed model as a plain folder of transformers, with dequantized weights.
+    """Write a packed model as a plain folder of transformers, or as GGUF.
+
+    The folder has dequantized weights. GGUF keeps codes and scales, in types that hold them
+    exactly; layers that none holds are refused.
 
     Args:
         model: A packed folder.
-        out: Made at once or not at all.
-        dtype: What the weights are rounded to.
-        overwrite: Replace a folder that an earlier export wrote.
+        out: The folder, or the file of GGUF; made at once or not at all.
+        format: Which of the two.
+        dtype: What the weights are rounded to; of GGUF: embeddings and the head.
+        ternary: Type of symmetric ternary weights in GGUF: 2.06 bits and quick, or 1.69 bits.
+        dequantize: In GGUF, write layers that no type holds as floats, instead of refusing.
+        overwrite: Replace what an earlier export wrote.
 
     Raises:
-        ValueError: if the model is not packed.
+        ValueError: if the model is not packed, numbers are beyond the dtype, or GGUF does not hold
+            a layer.
         OSError: if the folder is in use or cannot be written.
     """
-    if out.exists() and (not overwrite or not (out / "config.json").is_file()):
-        raise FileExistsError(f"{out} exists; choose another folder, or add --overwrite")
+    known = out / "config.json" if format == "folder" else out
+    if out.exists() and not (
+        overwrite and known.is_file() and out.resolve() != Path(model).resolve()
+    ):
+        raise FileExistsError(f"{out} exists; choose another place, or add --overwrite")
+    check_place(out)
     loaded = load_llm(model, dtype=torch.float32)
+    if getattr(loaded.model, "hf_quantizer", None) is None:
+        raise ValueError(f"{model} is not packed, so that there is nothing to export")
+    if format == "gguf":
+        saved = write_gguf(
+            loaded.model, loaded.tokenizer, out, Options(dtype, ternary, dequantize), name=out.stem
+        )
+        types = ", ".join(f"{count} {name}" for name, count in saved.types.items())
+        told = f"layers: {types}, {saved.bits:.3f} bits per weight, each as it is decoded"
+        print(f"{out}: {saved.bytes / 1e6:.2f} MB; {told}")
+        return
+    size = _export_folder(loaded, out, getattr(torch, dtype))
+    print(f"{out}: {size / 1e6:.2f} MB in {dtype}, every weight as it is decoded")
+
+
+def _export_folder(loaded: LoadedLLM, out: Path, dtype: torch.dtype) -> int:
+    """Write dequantized weights; returns their bytes."""
     quantized: Any = loaded.model
-    if getattr(quantized, "hf_quantizer", None) is None:
-        raise ValueError(f"{model} is not packed, so that there is nothing to dequantize")
-    plain = quantized.dequantize(torch.float32).to(getattr(torch, dtype))
+    plain = quantized.dequantize(torch.float32).to(dtype)
+    for name, parameter in plain.named_parameters():
+        if not is_finite(parameter):
+            raise ValueError(f"{name} holds numbers beyond {dtype}; use another --dtype")
     with written_folder(out) as place:
         plain.save_pretrained(place)
         loaded.tokenizer.save_pretrained(place)
-    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    print(f"{out}: {size / 1e6:.2f} MB in {dtype}, every weight as it is decoded")
+    return sum(path.stat().st_size for path in out.glob("*.safetensors"))
+
+
+def _limit(memory_gb: float | None) -> int | None:
+    if memory_gb is None:
+        return None
+    if not memory_gb > 0:
+        raise ValueError(f"--memory_gb {memory_gb:g} is no room; give what the run may take")
+    return int(memory_gb * 1e9)
+
+
+def _decode(model: Any, wanted: bool | None) -> None:
+    """Decode a packed model once, and say what that takes."""
+    told = decode_(model, wanted)
+    if told.packed:
+        sizes = f"{told.packed / 1e6:.1f} MB of codes, {told.decoded / 1e6:.1f} MB decoded"
+        how = "decoded once" if told.done else "decoded at every call"
+        dtype = str(model.dtype).removeprefix("torch.")
+        # Where a continued text is piped, it goes alone.
+        print(f"weights are {how} ({sizes} in {dtype})", file=sys.stderr)
 
 
 def methods() -> dict[str, type[Method]]:
@@ -234,7 +324,13 @@ def methods() -> dict[str, type[Method]]:
     return dict(sorted(found.items()))
 
 
-def _chosen(method: Method | str, settings: Mapping[str, Any] | None) -> Method:
+def method_of(method: Method | str, settings: Mapping[str, Any] | None) -> Method:
+    """The method that ``--method`` and ``--settings`` name.
+
+    Raises:
+        ValueError: for an unknown method, settings that it does not have or allow, or settings
+            beside a method that has its own.
+    """
     if isinstance(method, Method):
         if settings:
             raise ValueError("--settings are for a method given by its name; leave them out")

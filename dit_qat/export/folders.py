@@ -5,14 +5,53 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from safetensors import SafetensorError
 
 from dit_qat.export.files import locked
 
-__all__ = ["writing", "written_folder"]
+__all__ = ["check_place", "writing", "written_folder"]
 
 _LOCK = ".lock"
+_MARGIN = 1 << 20  # beside what is asked for: small files and the file system's own
+
+
+def check_place(target: Path, needed: int = 0) -> None:
+    """Make sure that a folder can be made and filled, leaving nothing behind.
+
+    Args:
+        target: The folder, which need not exist.
+        needed: Bytes that it will take.
+
+    Raises:
+        OSError: if nothing can be written there, it is a mount point, or there is no room.
+    """
+    target = target.resolve()
+    _refuse_mount(target)
+    existing = next(parent for parent in target.parents if parent.exists())
+    try:
+        with TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{target} cannot be written, for nothing can be made in {existing} ({error}); choose "
+            "another folder"
+        ) from error
+    free = shutil.disk_usage(existing).free
+    if free < needed + _MARGIN:
+        raise OSError(
+            f"{existing} has {free / 1e6:.0f} MB free, and {target.name} takes "
+            f"{(needed + _MARGIN) / 1e6:.0f} MB; free space or choose another place"
+        )
+
+
+def _refuse_mount(target: Path) -> None:
+    if target.is_mount():
+        raise OSError(
+            f"{target} is a mount point, which no finished folder can take the place of; choose a "
+            "folder inside it"
+        )
 
 
 @contextmanager
@@ -29,11 +68,7 @@ def written_folder(target: Path) -> Iterator[Path]:
         OSError: If ``target`` cannot be replaced, for it is a mount point, or cannot be written.
     """
     target = target.resolve()
-    if target.is_mount():
-        raise OSError(
-            f"{target} is a mount point, which no finished folder can take the place of; choose a "
-            "folder inside it"
-        )
+    _refuse_mount(target)
     partial = target.with_name(f".{target.name}.partial")
     with locked(partial):
         _put_back(target)

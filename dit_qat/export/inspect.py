@@ -1,6 +1,6 @@
 """The truth about bits: what every layer stores and computes with, side information included."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -231,9 +231,7 @@ def describe(model: nn.Module, per_image: Sequence[str] = PER_IMAGE) -> ModelDes
     """
     layers = tuple(
         _describe_module(name, module, any(fnmatchcase(name, glob) for glob in per_image))
-        for name, module in model.named_modules()
-        if isinstance(module, PackedLinear | IntLinear | CodedLinear)
-        or next(module.parameters(recurse=False), None) is not None
+        for name, module in _holders(model)
     )
     if not layers:
         raise ValueError(f"{type(model).__name__} has no parameters to describe")
@@ -243,6 +241,16 @@ def describe(model: nn.Module, per_image: Sequence[str] = PER_IMAGE) -> ModelDes
         if isinstance(module, QuantAttention)
     }
     return ModelDescription(layers, attention)
+
+
+def _holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with tensors of their own; a head that is tied to the embedding has none."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = {id(parameter) for parameter in module.parameters(recurse=False)}
+        if isinstance(module, PackedLinear | IntLinear | CodedLinear) or own - seen:
+            yield name, module
+        seen |= own
 
 
 def _describe_module(name: str, module: nn.Module, per_image: bool) -> LayerDescription:

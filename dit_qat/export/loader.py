@@ -14,19 +14,27 @@ from torch import Tensor, nn
 from dit_qat.export.entry import owned
 from dit_qat.export.finite import check_finite
 from dit_qat.export.manifest import (
+    FIRST_BIASES,
     TENSOR_FILE,
     Manifest,
     file_header,
     read_manifest_and_digest,
 )
 from dit_qat.export.registry import architecture_named, timestep_argument
-from dit_qat.export.skeleton import build_skeleton, check_names, check_tensors, listed
+from dit_qat.export.skeleton import (
+    add_biases,
+    build_skeleton,
+    check_names,
+    check_tensors,
+    listed,
+)
 from dit_qat.export.tensor_file import Place, TensorFile, open_tensors
 from dit_qat.layers import follow_timesteps_
 
-__all__ = ["load_quantized"]
+__all__ = ["check_header", "load_quantized"]
 
 _MOST_THREADS = 4
+_INDEX = f"{TENSOR_FILE}.index.json"  # of transformers, beside shards
 
 
 def load_quantized(folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:
@@ -41,14 +49,19 @@ def load_quantized(folder: Path | str, device: torch.device | str = "cpu") -> nn
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if the folder is damaged, changed, incomplete, or of an unknown version or
-            architecture.
+        ValueError: if the folder is damaged, changed, incomplete, of an unknown version or
+            architecture, or cut into shards.
     """
     folder = Path(folder)
     manifest, digest = read_manifest_and_digest(folder)
+    if (folder / _INDEX).is_file() and not (folder / TENSOR_FILE).is_file():
+        raise ValueError(
+            f"{folder} is cut into shards, which transformers reads: load it with "
+            "AutoModelForCausalLM.from_pretrained after import dit_qat.llm"
+        )
     with open_tensors(folder / TENSOR_FILE) as file:
         try:
-            _check_header(file.metadata, file_header(manifest, digest))
+            check_header(file.metadata, file_header(manifest, digest))
             check_names("the file", file.places, manifest.tensors, "config.json lists")
             file.fetch()
             with _loading(file, manifest) as coming:  # the disk and they work during the build
@@ -84,6 +97,8 @@ def _built(manifest: Manifest, places: Mapping[str, Place]) -> nn.Module:
     model = build_skeleton(
         manifest.architecture, manifest.arguments, manifest.layers, manifest.attention_bits
     )
+    if manifest.version >= FIRST_BIASES:
+        add_biases(model, manifest.tensors)
     check_tensors(model, manifest, places)
     _check_complete(model, manifest)
     if any(entry.by_timestep for entry in manifest.layers.values()):
@@ -114,7 +129,16 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _check_header(metadata: Mapping[str, str], expected: Mapping[str, str]) -> None:
+def check_header(metadata: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Refuse a file of tensors that was written with another ``config.json``.
+
+    Args:
+        metadata: What its header says.
+        expected: What a writer would have put there.
+
+    Raises:
+        ValueError: if they differ.
+    """
     digest = next(key for key in expected if key.endswith("_sha256"))
     if metadata.get(digest) != expected[digest]:
         raise ValueError(

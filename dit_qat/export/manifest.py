@@ -16,6 +16,7 @@ from dit_qat.layers import AttentionConfig
 __all__ = [
     "CONFIG_FILE",
     "DIGEST_KEY",
+    "FIRST_BIASES",
     "FORMAT",
     "QUANT_METHOD",
     "TENSOR_FILE",
@@ -32,6 +33,7 @@ __all__ = [
 FORMAT = "dit_qat.packed"
 QUANT_METHOD = "dit_qat"  # by which transformers finds its quantizer
 VERSIONS = (1, 2, 3)
+FIRST_BIASES = 3  # the first version with biases that an architecture does not have
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "model.safetensors"
 

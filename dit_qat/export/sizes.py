@@ -188,12 +188,16 @@ def packed_disk(folder: Path) -> Disk:
 
 
 def _measured(model: nn.Module, disk: Mapping[str, int]) -> Iterator[TensorSize]:
+    seen: set[int] = set()
     for layer, module in model.named_modules():
         if isinstance(module, InputTransform):
             continue  # counted with the layer, each of which has its own in the file
         quantized = isinstance(module, PackedLinear | QuantLinear | IntLinear | CodedLinear)
         for leaf, inner, tensor in _own_tensors(module):
             name = f"{layer}.{inner}" if layer else inner
+            if id(tensor) in seen and name not in disk:
+                continue  # a head tied to the embedding
+            seen.add(id(tensor))
             numbers = tensor.numel()
             if leaf == "codes" and isinstance(module, PackedLinear | IntLinear):
                 numbers = module.out_features * module.in_features

@@ -15,6 +15,7 @@ from dit_qat.layers import AttentionConfig, QuantAttention
 
 __all__ = [
     "FLOATS",
+    "add_biases",
     "build_skeleton",
     "check_names",
     "check_tensors",
@@ -70,6 +71,33 @@ def swap_linears(model: nn.Module, layers: Mapping[str, ModuleEntry]) -> None:
         if name not in names:
             raise ValueError(f"the model has no module {name!r}; it belongs to another model")
         _swap_linear(model, name, entry)
+
+
+def add_biases(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Give float linear layers of a skeleton biases that the architecture does not have.
+
+    A correction of what the last norm gives is such a bias, of the head.
+
+    Args:
+        model: The skeleton, or another model without values.
+        names: Of tensors; others than biases of such layers mean nothing here.
+
+    Returns:
+        Those that were added.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    added: list[str] = []
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        linear = modules.get(owner)
+        if leaf != "bias" or type(linear) is not nn.Linear:
+            continue
+        own: Tensor | None = linear.bias
+        if own is None:
+            empty = torch.empty(linear.out_features, dtype=linear.weight.dtype, device="meta")
+            linear.bias = nn.Parameter(empty, requires_grad=False)
+            added.append(name)
+    return added
 
 
 class _Unfilled(TorchFunctionMode):

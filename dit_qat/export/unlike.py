@@ -48,6 +48,17 @@ def check_modules(model: nn.Module, skeleton: nn.Module) -> None:
         raise ValueError(
             f"{listed(differing)}: other shapes than the architecture's own arguments give"
         )
+    held = {*skeleton.state_dict(), *shapes}
+    lost = [
+        name
+        for name, _ in model.named_parameters()
+        if name not in held and type(own[name.rpartition(".")[0]]) not in PACKERS
+    ]
+    if lost:
+        raise ValueError(
+            f"{listed(lost)}: the architecture has no such parameters, so that a reader would not "
+            "get them; merge them into those that it has"
+        )
     _check_constants(model, skeleton)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dit_qat.export.entry import ModuleEntry, owned
-from dit_qat.export.folders import written_folder
+from dit_qat.export.folders import check_place, written_folder
 from dit_qat.export.layer_entry import Storage
 from dit_qat.export.manifest import (
     CONFIG_FILE,
+    FIRST_BIASES,
     TENSOR_FILE,
     Manifest,
     TensorEntry,
@@ -25,7 +25,7 @@ from dit_qat.export.manifest import (
 )
 from dit_qat.export.packers import PACKERS, PackOptions, quantized_layers
 from dit_qat.export.registry import architecture_of, timestep_argument
-from dit_qat.export.skeleton import build_skeleton, stored_tensors
+from dit_qat.export.skeleton import add_biases, build_skeleton, stored_tensors
 from dit_qat.export.tensor_file import TensorWriter, dtype_name
 from dit_qat.export.unlike import check_modules, own_dtypes
 from dit_qat.layers import QuantAttention
@@ -33,7 +33,6 @@ from dit_qat.layers.linear import BranchDtype
 
 __all__ = ["check_target", "write_packed"]
 
-_MARGIN = 1 << 20  # beside the tensors: config.json and the file system's own
 _NO_DIGEST = "0" * 64
 
 
@@ -76,7 +75,7 @@ def write_packed(
     dtype = None if float_dtype is None else getattr(torch, float_dtype)
     plan = _Plan(model, dtype, PackOptions(branch_dtype, storage))
     blank = plan.manifest({}, {})
-    _check_space(target, plan.total_bytes)
+    check_place(target, plan.total_bytes)
     with written_folder(target) as partial:
         with (partial / TENSOR_FILE).open("wb") as file:
             writer = TensorWriter(file, plan.tensors, file_header(blank, _NO_DIGEST))
@@ -115,8 +114,10 @@ class _Plan:
         skeleton = build_skeleton(
             self._architecture.name, self._arguments, self._layers, self._attention_bits
         )
+        biased = add_biases(skeleton, (name for name, _ in model.named_parameters()))
+        self._least = FIRST_BIASES if biased else 1
         check_modules(model, skeleton)
-        tied = self._architecture.tied(model)
+        tied = self._architecture.tied(skeleton)
         self.tensors = stored_tensors(skeleton, self._layers, float_dtype or torch.float32, tied)
         if float_dtype is None:
             self.tensors |= own_dtypes(model, self.tensors, self._layers)
@@ -124,7 +125,8 @@ class _Plan:
     @property
     def version(self) -> int:
         """The least version of the format that holds this model."""
-        return max(self._architecture.version, *(e.version for e in self._layers.values()))
+        versions = (entry.version for entry in self._layers.values())
+        return max(self._least, self._architecture.version, *versions)
 
     @property
     def total_bytes(self) -> int:
@@ -209,14 +211,4 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(
             f"{target} already holds a packed model; add --overwrite, or choose another folder"
-        )
-
-
-def _check_space(target: Path, needed: int) -> None:
-    existing = next(parent for parent in target.resolve().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed + _MARGIN:
-        raise OSError(
-            f"{existing} has {free / 1e6:.0f} MB free, and the packed model takes "
-            f"{(needed + _MARGIN) / 1e6:.0f} MB; free space or choose another place"
         )

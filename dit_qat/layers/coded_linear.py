@@ -18,7 +18,8 @@ FORMAT = "dit_qat.coded_linear.1"
 class CodedLinear(nn.Module):
     """``y = x decode(code)^T + bias``, with the code's tensors as buffers of their own names.
 
-    Buffers keep their dtype when the model is cast. The weight is decoded at every call.
+    Buffers keep their dtype when the model is cast. The weight is decoded at every call: whoever
+    makes many calls of few tokens puts :meth:`to_float` in the layer's place.
 
     Args:
         code: Of the weight.
@@ -92,7 +93,7 @@ class CodedLinear(nn.Module):
     ) -> None:
         self.kind, self.settings = kind, dict(settings)
         self.out_features, self.in_features = sizes
-        self._restored: tuple[WeightCode, tuple[Tensor, ...]] | None = None
+        self._restored: tuple[WeightCode, tuple[Tensor, ...], tuple[int, ...]] | None = None
 
     def _register(self, tensors: Mapping[str, Tensor], bias: Tensor | None) -> None:
         self.code_names = tuple(tensors)
@@ -102,21 +103,25 @@ class CodedLinear(nn.Module):
 
     @property
     def code(self) -> WeightCode:
-        """The code, restored from the buffers whenever they have become others.
+        """The code, restored from the buffers whenever they have become others or changed.
 
         Raises:
             ValueError: for buffers that hold no such code.
         """
         tensors = {name: self.get_buffer(name) for name in self.code_names}
-        kept = self._restored
-        if kept is None or any(a is not b for a, b in zip(kept[1], tensors.values(), strict=True)):
+        kept, versions = self._restored, tuple(map(_version, tensors.values()))
+        if (
+            kept is None
+            or kept[2] != versions
+            or any(a is not b for a, b in zip(kept[1], tensors.values(), strict=True))
+        ):
             code = self.kind.restore(self.settings, tensors)
             if (code.out_features, code.in_features) != (self.out_features, self.in_features):
                 raise ValueError(
                     f"a code of {(code.out_features, code.in_features)} in a layer (out, in) of "
                     f"{(self.out_features, self.in_features)}"
                 )
-            kept = self._restored = code, tuple(tensors.values())
+            kept = self._restored = code, tuple(tensors.values()), versions
         return kept[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,3 +201,8 @@ class CodedLinear(nn.Module):
             )
         self._restored = None  # values may change in place
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor changed in place; those of inference mode do not tell."""
+    return 0 if tensor.is_inference() else tensor._version

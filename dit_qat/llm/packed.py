@@ -11,7 +11,7 @@ from dit_qat.export.extras import import_extra
 from dit_qat.export.meta import parameters_on_meta
 from dit_qat.export.registry import Architecture, register_family
 
-__all__ = ["ARCHITECTURE", "is_causal_lm", "plain_config", "register_causal_lm"]
+__all__ = ["ARCHITECTURE", "is_causal_lm", "plain_config", "register_causal_lm", "tied_names"]
 
 ARCHITECTURE = "causal_lm"
 
@@ -31,7 +31,7 @@ def register_causal_lm() -> None:
             plain_config,
             version=3,
             embeds=True,
-            tied=_tied,
+            tied=tied_names,
             finish=_finish,
         )
     )
@@ -101,9 +101,12 @@ def _whole_numbers(value: Any) -> Iterator[int]:
             yield from _whole_numbers(inner)
 
 
-def _tied(model: Any) -> Collection[str]:
-    """Names of tensors that stand for others: the head's, where it is the embedding's."""
-    return set(model.all_tied_weights_keys)
+def tied_names(model: Any) -> Collection[str]:
+    """Names of tensors that stand for others: the head's, where it is the embedding's.
+
+    By the configuration as it is now: a model that was made with tied weights may have been untied.
+    """
+    return set(model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
 def _finish(model: Any, carried: Mapping[str, Any]) -> None:

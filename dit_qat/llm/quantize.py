@@ -12,10 +12,11 @@ from dit_qat.calibration import Call, CallStore, Method, Run, RunResult, Target
 from dit_qat.calibration.engine import run_method
 from dit_qat.llm.hf.attach import attach_fresh
 from dit_qat.llm.models.checks import check_windows
+from dit_qat.llm.models.residency import check_weight
 from dit_qat.llm.models.roles import check_unshared, roles_of
 from dit_qat.llm.packed import is_causal_lm
 
-__all__ = ["llm_target", "quantize_llm", "record_windows"]
+__all__ = ["least_bytes", "llm_target", "quantize_llm", "record_windows"]
 
 
 def quantize_llm(
@@ -35,7 +36,8 @@ def quantize_llm(
     """Quantize a float causal language model in place; ``save_pretrained`` works with it then.
 
     Args:
-        model: Of Hugging Face, or called like one.
+        model: Of Hugging Face, or called like one; in memory, or with blocks that come when they
+            run (:func:`~dit_qat.llm.models.load_llm_by_block`).
         method: How.
         windows: Token ids (count, length) to calibrate on, each read on its own.
         batch_size: Windows per call of the model.
@@ -51,10 +53,12 @@ def quantize_llm(
         The model, one row per layer with nominal and effective bits and error, and averages.
 
     Raises:
-        ValueError: before the run, for windows that the model cannot read, an architecture without
-            known roles, weights that stand in more than one place, or as
-            :func:`~dit_qat.calibration.engine.run_method`; within it, as there.
+        ValueError: before the run, for a model that is quantized already, windows that it cannot
+            read, an architecture without known roles, weights that stand in more than one place or
+            are not finite, or as :func:`~dit_qat.calibration.engine.run_method`; within it, as
+            there.
     """
+    _check_float(model)
     check_windows(model, windows)
     target = llm_target(model) if target is None else target
     check_unshared(model, target.linears())
@@ -70,6 +74,25 @@ def quantize_llm(
     if is_causal_lm(type(model)):
         attach_fresh(model, {"method": method.name, "config": _plain(method.config), "seed": seed})
     return result
+
+
+def _check_float(model: nn.Module) -> None:
+    """Refuse what is quantized already, and weights in memory that are damaged."""
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise ValueError(
+            f"this {type(model).__name__} is quantized already; give the float model that it was "
+            "made from"
+        )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            check_weight(name, parameter)
+
+
+def least_bytes(model: nn.Module) -> int:
+    """What a packed folder of a model takes at least: floats that stay, and a bit per weight."""
+    numbers = sum(linear.weight.numel() for linear in llm_target(model).linears().values())
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    return (whole - numbers) * next(model.parameters()).element_size() + numbers // 8
 
 
 def _plain(config: object) -> Any:

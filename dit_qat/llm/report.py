@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, NullLocator
@@ -130,10 +129,8 @@ class LLMReport:
         calibration: On what, in words.
         seconds: Of the run.
         averages: Of :func:`~dit_qat.calibration.table.average_bits`.
-        bytes: Of the packed folder.
-        float_bytes: Of the same model at 16 bits.
+        bytes: Of the packed model.
         layers: One row per quantized layer.
-        perplexity: Before and after by text, where they were measured.
     """
 
     model: str
@@ -142,9 +139,7 @@ class LLMReport:
     seconds: float
     averages: Mapping[str, float]
     bytes: int
-    float_bytes: int
     layers: Sequence[LayerRow]
-    perplexity: Mapping[str, tuple[float, float]]
 
 
 def write_llm_report(path: Path, report: LLMReport) -> None:
@@ -167,25 +162,20 @@ def _body(report: LLMReport) -> list[str]:
     return [
         f"<h1>{escape(report.model)} by {escape(report.method)}</h1>",
         paragraph(summary, "summary"),
-        section("Size and quality", table(("", "Float", "Quantized"), _scores(report))),
+        section("Size", table(("", "Quantized"), _sizes(report))),
         section("Error by layer", errors),
         section("Layers", layer_table(report.layers)),
         section("How to read this", bullets(_READING)),
     ]
 
 
-def _scores(report: LLMReport) -> list[tuple[str, ...]]:
+def _sizes(report: LLMReport) -> list[tuple[str, str]]:
     own = report.averages
-    rows: list[tuple[Any, ...]] = [
-        (f"Perplexity on {text}, lower is better", f"{before:.4g}", f"{after:.4g}")
-        for text, (before, after) in report.perplexity.items()
+    return [
+        ("Nominal bits per weight, as papers count", f"{own['weight_bits']:.3f}"),
+        ("Effective bits, all that is stored", f"{own['effective_weight_bits']:.3f}"),
+        ("Megabytes of the whole model", f"{report.bytes / 1e6:.2f}"),
     ]
-    rows += [
-        ("Nominal bits, as papers count", "16", f"{own['weight_bits']:.3f}"),
-        ("Effective bits, all that is stored", "16", f"{own['effective_weight_bits']:.3f}"),
-        ("Megabytes", f"{report.float_bytes / 1e6:.2f}", f"{report.bytes / 1e6:.2f}"),
-    ]
-    return rows
 
 
 _LAYERS_NOTE = (
@@ -195,7 +185,7 @@ _LAYERS_NOTE = (
 _READING = (
     "Bits are means over the weights of quantized layers. Effective bits count planes, bitmaps, "
     "masks, permutations, scales and offsets, as they are in the file. Embeddings, norms and the "
-    "head stay float; megabytes are of the whole model.",
+    "head stay float. dit-qat llm evaluate measures what the errors do to perplexity.",
     "Weights are decoded and multiplied in floating point. Nothing here says how fast a kernel for "
     "the codes would be.",
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dit_qat.calibration import BlockView, Call, CallStore, Needs, Prefix, drive, find_blocks
-from dit_qat.calibration.footprint import Footprint
+from dit_qat.calibration.footprint import Footprint, uncounted
 from dit_qat.layers import IntLinear, TokenQuantizer
 from dit_qat.primitives.compensation import Block, compensate, compensation_bytes
 from dit_qat.primitives.integer import IntegerGrid, decode, encode, fit_scales
@@ -159,3 +159,15 @@ def test_a_footprint_counts_what_lives() -> None:
         third = second.view(2, 100)[0] * 1
     assert (footprint.live, footprint.peak) == (1200, 1200)
     assert third.sum() == 400
+
+
+def test_what_is_read_in_is_no_footprint() -> None:
+    with Footprint() as footprint:
+        with uncounted():
+            weight = torch.zeros(1000)
+        assert footprint.peak == 0
+        view = weight[:10] + 1
+        assert footprint.live == view.nbytes
+        del weight
+        fresh = torch.zeros(1000)
+        assert footprint.live == view.nbytes + fresh.nbytes

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dit_qat.calibration import ResumeState
+from dit_qat.calibration import ResumeState, remove_state
 from dit_qat.layers.input_transform import InputTransform, Permute, Rotate, Scale
 from dit_qat.layers.int_linear import IntLinear
 from dit_qat.layers.step_bits import StepBits, timestep_scope
@@ -75,7 +75,10 @@ def test_notes_of_all_blocks_are_kept(tmp_path: Path) -> None:
 
 
 def test_blocks_of_another_run_are_refused(tmp_path: Path) -> None:
-    ResumeState(tmp_path, "one")
+    ResumeState(tmp_path, "none").save_notes(0, {"a": {"error": 0.5}})
+    state = ResumeState(tmp_path, "one")  # a run without a finished block is nothing to lose
+    assert state.all_notes() == {}
+    state.save(0, {"a": nn.Linear(2, 2)})
     with pytest.raises(ValueError, match=r"another run.*choose another folder, or remove"):
         ResumeState(tmp_path, "other")
     (tmp_path / "state.json").write_text("{")
@@ -90,3 +93,18 @@ def test_modules_that_cannot_be_kept_are_named(tmp_path: Path) -> None:
     (tmp_path / "block_0000.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"block_0000\.safetensors is damaged"):
         state.load(0)
+
+
+def test_files_of_others_are_neither_mixed_with_nor_removed(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match=r"other files, such as mine\.txt"):
+        ResumeState(tmp_path, "run")
+    state = ResumeState(tmp_path / "state", "run")
+    state.save_notes(0, {})
+    state.save(0, {"a": nn.Linear(2, 2)})
+    (tmp_path / "state/mine.txt").write_text("keep")
+    remove_state(tmp_path / "state")
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["mine.txt"]
+    (tmp_path / "state/mine.txt").unlink()
+    remove_state(tmp_path / "state")
+    assert not (tmp_path / "state").exists()

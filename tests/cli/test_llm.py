@@ -1,10 +1,12 @@
 import json
+import shutil
 import string
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -83,8 +85,14 @@ def test_a_model_is_quantized_judged_sampled_and_written_plainly(
     assert f"perplexity {score['perplexity']:.4f}" in capsys.readouterr().out
 
     draw = ["llm", "generate", "--model", str(packed), "--prompt", "abc", "--tokens", "4"]
-    assert main(draw) == 0
-    assert capsys.readouterr().out.startswith("a")
+    drawn = {}
+    for decoded in ("true", "false"):
+        assert main([*draw, "--decoded", decoded]) == 0
+        drawn[decoded] = capsys.readouterr()
+        assert drawn[decoded].out.startswith("a")
+    assert drawn["true"].out == drawn["false"].out
+    assert "weights are decoded once (" in drawn["true"].err
+    assert "weights are decoded at every call (" in drawn["false"].err
 
     plain = tmp_path / "plain"
     options = ["--model", str(packed), "--out", str(plain), "--dtype", "float32"]
@@ -99,25 +107,72 @@ def test_a_model_is_quantized_judged_sampled_and_written_plainly(
 def test_bits_of_a_packed_language_model_are_told(
     quantize: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert quantize("--method", "rtn") == 0
+    assert quantize("--method", "arb", "--settings", '{"block_size": 32, "iterations": 1}') == 0
     capsys.readouterr()
-    assert main(["inspect", "--weights", str(tmp_path / "packed")]) == 0
-    assert "model.layers.1.mlp.down_proj" in capsys.readouterr().out
+    told = tmp_path / "told.json"
+    assert main(["inspect", "--weights", str(tmp_path / "packed"), "--out", str(told)]) == 0
+    shown, found = capsys.readouterr().out, json.loads(told.read_text())
+    metrics = json.loads((tmp_path / "packed/metrics.json").read_text())
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    stored = load_file(tmp_path / "packed/model.safetensors")
+    for row in metrics["layers"]:
+        layer, parts = layers[row["name"]], [t for n, t in stored.items() if row["name"] in n]
+        bits = (
+            8 * sum(tensor.nbytes for tensor in parts) / (row["in_features"] * row["out_features"])
+        )
+        assert layer["effective_weight_bits"] == pytest.approx(bits)
+        assert layer["effective_weight_bits"] == pytest.approx(row["effective_weight_bits"])
+        assert layer["weight_bits"] == row["weight_bits"] < 1.6 < 2.5 < bits
+        line = next(line for line in shown.splitlines() if line.startswith(row["name"]))
+        assert f"{row['weight_bits']:.2f}" in line
+    mean = metrics["average_bits"]["effective_weight_bits"]
+    assert found["effective_weight_bits"] == pytest.approx(mean)
+    assert found["measured"]["effective_weight_bits_disk"] == pytest.approx(mean)
 
 
 def test_an_interrupted_run_leaves_its_blocks_and_goes_on(
-    quantize: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantize: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def killed(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("dit_qat.cli.llm.save_quantized", killed)
-        assert quantize("--method", "rtn") == 130
+        assert quantize("--method", "rtn", "--residency", "block") == 130
     state = tmp_path / ".packed.state"
     assert len(list(state.glob("block_*"))) == 2
-    assert quantize("--method", "rtn") == 0
+    assert quantize("--method", "rtn", "--settings", '{"bits": 4}', "--residency", "block") == 2
+    assert "blocks of another run" in capsys.readouterr().err
+    assert quantize("--method", "rtn", "--residency", "block") == 0
     assert not state.exists()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert isinstance(found.model.layers[1].mlp.up_proj, CodedLinear | IntLinear)
+
+
+def test_places_that_cannot_be_written_are_refused_before_the_model_is_read(
+    quantize: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("keep")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    assert quantize("--method", "rtn", "--state", tmp_path / "mine") == 2
+    assert "holds other files, such as notes.txt" in capsys.readouterr().err
+    full = shutil.disk_usage(tmp_path)._replace(free=1 << 19)
+    monkeypatch.setattr("dit_qat.cli.llm.load_llm_to_quantize", None)  # nothing calls it
+    assert quantize("--method", "rtn", out=tmp_path / "file/packed") == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert quantize("--method", "rtn", "--state", tmp_path / "file/state") == 2
+    assert "cannot be written" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert quantize("--method", "rtn") == 2
+    assert "MB free" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["file", "mine"]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +181,8 @@ def test_an_interrupted_run_leaves_its_blocks_and_goes_on(
         (("--method", "arbb"), "'arbb' is unknown; there are"),
         (("--method", "rtn", "--settings", '{"bitz": 3}'), "--settings of rtn"),
         (("--method", "rtn", "--length", 64), "at most 32"),
+        (("--method", "rtn", "--memory_gb", 0), "--memory_gb 0 is no room"),
+        (("--method", "rtn", "--memory_gb", 1e-9), "above the limit"),
         (("--method", "rtn", "--windows", 4000), "give more text"),
     ],
 )
@@ -147,6 +204,37 @@ def test_a_float_model_is_not_dequantized(
     assert main(["llm", "export", "--model", str(model), "--out", str(tmp_path / "x")]) == 2
     assert "is not packed" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_what_is_exported_replaces_nothing_of_worth(
+    quantize: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tmp_path / "packed"
+    assert quantize("--method", "rtn") == 0
+    before = (packed / "config.json").read_bytes()
+    plain = ["llm", "export", "--model", str(packed), "--out"]
+    for out in (packed, tmp_path):  # itself, and a folder of other things
+        assert main([*plain, str(out), "--overwrite"]) == 2
+        assert "exists; choose another place" in capsys.readouterr().err
+    assert (packed / "config.json").read_bytes() == before
+
+
+def test_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gguf = pytest.importorskip("gguf")
+    ternary = '{"bits": 2, "symmetric": true, "group_size": 256}'
+    for name, settings in (("ternary", ternary), ("planes", '{"bits": 1}')):
+        given = ["--method", "rtn", "--settings", settings, "--windows", "1", "--device", "cpu"]
+        assert main(["llm", "quantize", "--out", str(tmp_path / name), *given]) == 0
+    file = tmp_path / "small.gguf"
+    plain = ["llm", "export", "--format", "gguf", "--out", str(file), "--model"]
+    assert main([*plain, str(tmp_path / "ternary")]) == 0
+    assert "layers: 28 TQ2_0, 2.062 bits per weight" in capsys.readouterr().out
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
+    assert (kinds["blk.3.attn_q.weight"], kinds["output.weight"]) == ("TQ2_0", "F16")
+    assert main([*plain, str(tmp_path / "planes")]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main([*plain, str(tmp_path / "planes"), "--overwrite"]) == 0
+    assert "28 Q4_0, 4.500 bits" in capsys.readouterr().out
 
 
 def test_the_verbs_of_language_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

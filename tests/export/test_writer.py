@@ -128,7 +128,7 @@ def test_a_disk_without_room_is_found_first(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 1000))
-    with pytest.raises(OSError, match=r"has 0 MB free, and the packed model takes 1 MB"):
+    with pytest.raises(OSError, match=r"has 0 MB free, and m takes 1 MB"):
         write_packed(quantized, tmp_path / "a" / "m")
     assert not list(tmp_path.iterdir())
 

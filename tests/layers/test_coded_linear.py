@@ -108,6 +108,11 @@ def test_code_follows_values_that_change_in_place(layer: CodedLinear) -> None:
     state = layer.state_dict() | {"values": torch.ones(4, 6).half()}
     layer.load_state_dict(state)
     assert torch.equal(layer.dequantized(), torch.full((4, 6), 0.25))
+    layer.get_buffer("values").mul_(2)
+    assert torch.equal(layer.dequantized(), torch.full((4, 6), 0.5))
+    layer.get_buffer("values").fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        _ = layer.code
 
 
 def test_other_settings_or_float_weights_are_refused(layer: CodedLinear, linear: nn.Linear) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from dit_qat.calibration import BlockView, LinearStatistics, Method, Needs
+from dit_qat.calibration.trees import save_tree
 from dit_qat.layers import IntLinear
 from dit_qat.layers.rounding import GPTQSettings, nearest_layer, round_gptq
 from dit_qat.llm.quantize import llm_target, quantize_llm, record_windows
@@ -148,7 +149,7 @@ def _broken(model: LlamaForCausalLM) -> LlamaForCausalLM:
         (_llama, _windows() + 64, {}, "embeds 0 to 63"),
         (_llama, _windows(), {"batch_size": 0}, "batch_size=0"),
         (_llama, _windows(), {"limit_bytes": 1000}, "above the limit of 1 kB"),
-        (lambda: _broken(_llama()), _windows(), {}, r"layers\.1\.mlp\.down_proj .*NaN"),
+        (lambda: _broken(_llama()), _windows(), {}, r"layers\.1\.mlp\.up_proj\.weight holds NaN"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused(
@@ -164,6 +165,49 @@ def test_shared_weights_are_refused() -> None:
     layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
     with pytest.raises(ValueError, match="up_proj"):
         quantize_llm(model, Nearest(), _windows())
+
+
+def test_what_is_quantized_already_is_refused() -> None:
+    model = _llama()
+    quantize_llm(model, Nearest(), _windows())
+    with pytest.raises(ValueError, match="quantized already; give the float model"):
+        quantize_llm(model, Nearest(), _windows())
+
+
+def test_a_full_disk_loses_no_finished_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, tree: Any) -> None:
+        if path.name.startswith("block_0001"):
+            raise OSError(f"could not write {path} (no space left)")
+        save_tree(path, tree)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dit_qat.calibration.state.save_tree", full)
+        with pytest.raises(OSError, match=r"block_0001.*no space left"):
+            quantize_llm(_llama(), Solved(3), _windows(), state_folder=tmp_path)
+    before = (tmp_path / "block_0000.safetensors").stat().st_mtime_ns
+    resumed = quantize_llm(_llama(), Solved(3), _windows(), state_folder=tmp_path)
+    assert (tmp_path / "block_0000.safetensors").stat().st_mtime_ns == before
+    assert resumed.table == quantize_llm(_llama(), Solved(3), _windows()).table
+
+
+def test_dead_channels_are_no_trouble() -> None:
+    """Inputs that are zero on all tokens, and outputs and columns without a weight."""
+    model: Any = _llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 3] = 0
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[5] = 0
+            layer.mlp.gate_proj.weight[:, 7] = 0
+            layer.self_attn.o_proj.weight.zero_()
+    with torch.no_grad():
+        exact = model(input_ids=_windows()).logits
+    result = quantize_llm(model, Solved(8), _windows())
+    assert all(row.error < 1e-2 for row in result.table)
+    with torch.no_grad():
+        found = model(input_ids=_windows()).logits
+    assert float((found - exact).square().sum() / exact.square().sum()) < 1e-3
 
 
 def test_windows_are_recorded_without_running_a_model() -> None:

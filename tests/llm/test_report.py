@@ -41,11 +41,9 @@ def test_the_page_states_nominal_and_effective_bits(tmp_path: Path) -> None:
         for i in range(2)
     ]
     averages = {"weight_bits": 1.11, "effective_weight_bits": 2.85}
-    report = LLMReport(
-        "a <model>", "arb", "text", 3.0, averages, 10**6, 4 * 10**6, rows, {"wiki": (3.5, 4.25)}
-    )
+    report = LLMReport("a <model>", "arb", "text", 3.0, averages, 10**6, rows)
     write_llm_report(tmp_path / "report.html", report)
     text = (tmp_path / "report.html").read_text()
-    for part in ("a &lt;model&gt;", "1.110", "2.850", "3.5", "4.25", "model.layers.1.mlp.up_proj"):
+    for part in ("a &lt;model&gt;", "1.110", "2.850", "1.00", "model.layers.1.mlp.up_proj"):
         assert part in text
     assert "<model>" not in text

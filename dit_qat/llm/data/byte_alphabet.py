@@ -4,6 +4,8 @@ from typing import Any
 
 __all__ = ["byte_ids", "byte_letters"]
 
+_SAMPLE = "A\u00e9 a\u0301\n"  # letters that normalizers change
+
 
 def byte_letters() -> list[str]:
     """The letter of each of the 256 bytes: itself if it can be seen, else one from U+0100 on.
@@ -17,10 +19,13 @@ def byte_letters() -> list[str]:
 
 
 def byte_ids(tokenizer: Any) -> list[int] | None:
-    """The id of each of the 256 bytes, if a tokenizer knows bytes and nothing longer."""
+    """The id of each of the 256 bytes, if a tokenizer makes bytes of a text and nothing else."""
     vocabulary = tokenizer.get_vocab()
     special = set(tokenizer.all_special_tokens)
     letters = byte_letters()
     if {*vocabulary} - special != {*letters}:
         return None
-    return [vocabulary[letter] for letter in letters]
+    ids = [vocabulary[letter] for letter in letters]
+    # Some change a text first, or put a token or a space before it.
+    plain = tokenizer(_SAMPLE)["input_ids"] == [ids[byte] for byte in _SAMPLE.encode()]
+    return ids if plain else None

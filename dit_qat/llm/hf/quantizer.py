@@ -4,7 +4,8 @@ Only what loads with transformers imports this module.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dit_qat.export.entry import owned
+from dit_qat.export.loader import check_header
 from dit_qat.export.manifest import (
     QUANT_METHOD,
     Manifest,
@@ -22,8 +24,9 @@ from dit_qat.export.manifest import (
     manifest_of,
 )
 from dit_qat.export.packers import PACKERS, PackOptions, quantized_layers
-from dit_qat.export.skeleton import swap_linears
-from dit_qat.export.tensor_file import dtype_name
+from dit_qat.export.skeleton import add_biases, swap_linears
+from dit_qat.export.tensor_file import dtype_name, open_tensors
+from dit_qat.llm.packed import tied_names
 
 __all__ = ["PackedConfig", "PackedQuantizer"]
 
@@ -65,8 +68,15 @@ class PackedQuantizer(HfQuantizer):
         """Refuse a manifest that this version does not understand, before anything is loaded."""
         self.quantization_config.manifest()
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        swap_linears(model, self.quantization_config.manifest().layers)
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        manifest = self.quantization_config.manifest()
+        expected = file_header(manifest, carried_digest(self.quantization_config.to_dict()))
+        for path in checkpoint_files or ():
+            _check_file(Path(path), expected)
+        swap_linears(model, manifest.layers)
+        add_biases(model, manifest.tensors)
         # Markers are no tensors, which transformers takes all of a state dict for.
         self._hook = model.register_state_dict_post_hook(_without_markers)
 
@@ -95,7 +105,7 @@ class PackedQuantizer(HfQuantizer):
         """All tensors as a file holds them, and its header; the manifest is brought up to date."""
         state = _stored(model)
         old = self.quantization_config.manifest()
-        tied = set(model.all_tied_weights_keys)
+        tied = tied_names(model)
         manifest = Manifest(
             old.architecture,
             {},
@@ -115,6 +125,14 @@ class PackedQuantizer(HfQuantizer):
         for name, layer in quantized_layers(model).items():
             model.set_submodule(name, layer.to_float().to(dtype))  # type: ignore[operator]
         return model
+
+
+def _check_file(path: Path, expected: Mapping[str, str]) -> None:
+    with open_tensors(path) as file:
+        try:
+            check_header(file.metadata, expected)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,13 @@ from dit_qat.llm.models.checks import (
     window_length,
     window_limit,
 )
-from dit_qat.llm.models.loading import LoadedLLM, load_llm, load_llm_by_block
+from dit_qat.llm.models.loading import (
+    LoadedLLM,
+    Residency,
+    load_llm,
+    load_llm_by_block,
+    load_llm_to_quantize,
+)
 from dit_qat.llm.models.residency import BlockResidency
 from dit_qat.llm.models.roles import (
     FAMILIES,
@@ -23,12 +29,14 @@ __all__ = [
     "BlockResidency",
     "Family",
     "LoadedLLM",
+    "Residency",
     "Roles",
     "check_tokenizer",
     "check_unshared",
     "check_windows",
     "load_llm",
     "load_llm_by_block",
+    "load_llm_to_quantize",
     "roles_of",
     "shared_weights",
     "shipped_model",

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -12,11 +13,17 @@ from torch import nn
 
 from dit_qat.export.extras import import_extra
 from dit_qat.llm.models.checks import check_tokenizer
-from dit_qat.llm.models.files import locate_model
+from dit_qat.llm.models.files import StoredTensors, locate_model
 from dit_qat.llm.models.residency import BlockResidency
 from dit_qat.llm.models.roles import Family
+from dit_qat.llm.models.room import free_bytes
 
-__all__ = ["LoadedLLM", "load_llm", "load_llm_by_block"]
+__all__ = ["LoadedLLM", "Residency", "load_llm", "load_llm_by_block", "load_llm_to_quantize"]
+
+Residency = Literal["all", "block", "auto"]
+"""What of a model is in memory: all, one block, or all if there is ample room."""
+
+_AMPLE = 1.5  # of a float model's bytes: with what calibration holds and quantized layers beside it
 
 
 class LoadedLLM(NamedTuple):
@@ -108,6 +115,46 @@ def load_llm_by_block(
     tokenizer = _load_tokenizer(folder)
     check_tokenizer(model, tokenizer)
     return BlockResidency(model.eval(), folder, device, dtype, family=family), tokenizer
+
+
+def load_llm_to_quantize(
+    source: str | os.PathLike[str] = "tiny",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    residency: Residency = "auto",
+    limit_bytes: int | None = None,
+) -> LoadedLLM:
+    """Load a float model whole, or so that its blocks come into memory when they run.
+
+    Args:
+        source: As for :func:`load_llm`.
+        device: Where what is in use goes.
+        dtype: What the weights become there.
+        residency: See :data:`Residency`; "auto" takes the whole model if 1.5 times its bytes are
+            free.
+        limit_bytes: What may be taken; None: what is free.
+
+    Raises:
+        FileNotFoundError: as :func:`load_llm`, as the following.
+        OSError: as there.
+        ValueError: as there, for an unknown residency, and by block as :func:`load_llm_by_block`.
+    """
+    if residency not in get_args(Residency):
+        raise ValueError(f"residency={residency!r} is unknown; use one of {get_args(Residency)}")
+    _check_device(device)
+    folder = locate_model(source)
+    if residency == "all" or (residency == "auto" and _fits(folder, device, dtype, limit_bytes)):
+        return load_llm(folder, device, dtype)
+    held, tokenizer = load_llm_by_block(folder, device, dtype)
+    return LoadedLLM(held.model, tokenizer)
+
+
+def _fits(
+    folder: Path, device: torch.device | str, dtype: torch.dtype, limit_bytes: int | None
+) -> bool:
+    limits = [limit for limit in (free_bytes(device), limit_bytes) if limit is not None]
+    numbers = sum(prod(shape) for shape in StoredTensors(folder).shapes.values())
+    return not limits or _AMPLE * numbers * dtype.itemsize <= min(limits)
 
 
 def _load_tokenizer(folder: Path) -> Any:

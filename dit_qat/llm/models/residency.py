@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_qat.calibration.footprint import uncounted
+from dit_qat.export.finite import is_finite
 from dit_qat.llm.models.files import StoredTensors
 from dit_qat.llm.models.roles import Family, roles_of
 
-__all__ = ["BlockResidency"]
+__all__ = ["BlockResidency", "check_weight"]
 
 
 class BlockResidency:
@@ -21,8 +23,9 @@ class BlockResidency:
     A block that is about to run is read first, in place of the one that ran longest ago. What was
     replaced or changed in place since it was read is kept and never read again (changes through
     ``.data`` go unseen); a linear that quantization put another module in the place of is not read
-    again either. What lies outside of the blocks (embeddings, head, last norm) stays in memory.
-    State dictionaries are whole: what has not changed comes as views of the files.
+    again either. What lies outside of the blocks (embeddings, head, last norm) stays in memory, and
+    so do norms and biases, which are too small to be worth reading again. State dictionaries are
+    whole: what is not in memory comes as views of the files.
 
     Args:
         model: Of transformers, with all tensors on the meta device.
@@ -86,7 +89,8 @@ class BlockResidency:
         if block not in self._resident:
             while len(self._resident) >= self.limit:
                 self.drop(next(iter(self._resident)))
-            self._fill(self._slots[block])
+        # Every time: a linear that another module stood for may have come back.
+        self._fill(slot for slot in self._slots[block] if slot.is_in(self.model))
         self._resident[block] = None
         self._resident.move_to_end(block)
 
@@ -104,7 +108,7 @@ class BlockResidency:
 
     def _completer(self, name: str) -> Any:
         def complete(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
-            slots = [slot for slot in self._slots[name] if slot.unchanged()]
+            slots = [slot for slot in self._slots[name] if slot.waits()]
             stored = dict(self._stored.read([slot.key for slot in slots]))
             for slot in slots:
                 inner = prefix + slot.name[len(name) + 1 :]
@@ -115,7 +119,7 @@ class BlockResidency:
         return complete
 
     def _assign(self) -> "list[_Slot]":
-        """Find every parameter in the files; return those outside of blocks."""
+        """Find every parameter in the files; return those that stay in memory."""
         outside: list[_Slot] = []
         home: dict[int, str] = {}
         parameters = list(self.model.named_parameters(remove_duplicate=False))
@@ -132,7 +136,7 @@ class BlockResidency:
             owner, _, leaf = name.rpartition(".")
             key = self._key(twins[id(parameter)], parameter)
             slot = _Slot(self.model.get_submodule(owner), name, leaf, key)
-            (self._slots[block] if block else outside).append(slot)
+            (self._slots[block] if block and parameter.ndim > 1 else outside).append(slot)
         return outside
 
     def _key(self, names: Sequence[str], parameter: Tensor) -> str:
@@ -157,10 +161,11 @@ class BlockResidency:
             if slot.waits():
                 waiting.setdefault(slot.key, []).append(slot)
         # Tensors made in inference mode have no version, by which changes are seen.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), uncounted():
             for key, tensor in self._stored.read(list(waiting)):
                 dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
                 copied = tensor.to(self._device, dtype, copy=True)
+                check_weight(key, copied)
                 parameter = nn.Parameter(copied, requires_grad=False)
                 for slot in waiting[key]:
                     slot.fill(parameter)
@@ -174,13 +179,26 @@ class _Slot:
         # Nobody else holds a linear that was replaced, and it is not read again.
         self._owner = weakref.ref(owner)
         self._shape = owner._parameters[leaf]
+        self._shape_version = _version(self._shape)
         self._filled: nn.Parameter | None = None
         self._version = 0
 
     def waits(self) -> bool:
-        """Whether a mere shape is in the place."""
+        """Whether a mere shape is in the place.
+
+        Raises:
+            ValueError: if somebody worked on that shape, which changes no numbers.
+        """
         owner = self._owner()
-        return owner is not None and owner._parameters[self.leaf] is self._shape
+        here = None if owner is None else owner._parameters.get(self.leaf)
+        if here is None or not here.is_meta:
+            return False
+        if here is not self._shape or _version(here) != self._shape_version:
+            raise ValueError(
+                f"{self.name} was changed while it was not in memory; what changes the weights of "
+                "all blocks needs the whole model in memory (--residency all)"
+            )
+        return True
 
     def fill(self, parameter: nn.Parameter) -> None:
         """Put a parameter into the place."""
@@ -212,6 +230,24 @@ class _Slot:
         """Whether the owner still has its place in the model."""
         path = self.name.rpartition(".")[0]
         return _found(model, path) is self._owner()
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """Refuse a weight that holds NaN or infinities, as a cast to 16 bits may bring.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if weight.is_floating_point() and not is_finite(weight):
+        raise ValueError(
+            f"{name} holds NaN or infinite values in {weight.dtype}; the weights are damaged, or "
+            "the dtype is too narrow for them (try float32 or bfloat16)"
+        )
+
+
+def _version(parameter: Tensor | None) -> int:
+    """How often a tensor changed in place; those of inference mode do not tell."""
+    return 0 if parameter is None or parameter.is_inference() else parameter._version
 
 
 def _found(model: nn.Module, path: str) -> nn.Module | None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["FAMILIES", "Family", "Roles", "check_unshared", "roles_of", "shared_weights"]
 
@@ -238,14 +238,31 @@ def _head_count(config: Any, key: str) -> int:
 def shared_weights(model: nn.Module) -> list[tuple[str, ...]]:
     """Groups of parameter names that stand for the same numbers, such as tied embeddings.
 
-    One parameter in two places, and two parameters over the same memory, are shared.
+    One parameter in two places, and two parameters whose memory overlaps, are shared; pieces of
+    one buffer side by side are not.
     """
-    found: dict[tuple[str, int], list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        place = 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
-        key = ("at", place) if place else ("is", id(parameter))
-        found.setdefault(key, []).append(name)
-    return [tuple(names) for names in found.values() if len(names) > 1]
+    names, parameters = zip(*model.named_parameters(remove_duplicate=False), strict=True)
+    spans = sorted((*_span(parameter), place) for place, parameter in enumerate(parameters))
+    found: list[list[int]] = []
+    previous, end = "", 0
+    for kind, start, stop, place in spans:
+        if kind == previous and start < end:
+            found[-1].append(place)
+            end = max(end, stop)
+        else:
+            found.append([place])
+            previous, end = kind, stop
+    return [tuple(names[i] for i in sorted(group)) for group in sorted(found) if len(group) > 1]
+
+
+def _span(parameter: Tensor) -> tuple[str, int, int]:
+    """Where a parameter's memory is, and the bytes that it takes; of none, what is its own."""
+    if parameter.is_meta or not parameter.numel():
+        return "none", id(parameter), id(parameter) + 1
+    steps = zip(parameter.shape, parameter.stride(), strict=True)
+    reach = sum((size - 1) * step for size, step in steps) + 1
+    start = parameter.data_ptr()
+    return str(parameter.device), start, start + reach * parameter.element_size()
 
 
 def check_unshared(model: nn.Module, linears: Iterable[str]) -> None:

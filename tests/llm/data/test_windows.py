@@ -68,6 +68,21 @@ def test_only_byte_tokenizers_take_bytes(by_words: Any) -> None:
     assert byte_ids(longer) is None
 
 
+def test_bytes_that_are_changed_or_led_are_no_bytes() -> None:
+    """What a file's bytes would become must be what the tokenizer makes of its text."""
+    led = make_bytes(list(range(256)), bos_token="<s>")
+    led.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    spaced = make_bytes(list(range(256)))
+    spaced.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=True, use_regex=False
+    )
+    composed = make_bytes(list(range(256)))
+    composed.backend_tokenizer.normalizer = tokenizers.normalizers.NFC()
+    assert [byte_ids(tokenizer) for tokenizer in (led, spaced, composed)] == [None] * 3
+
+
 def test_any_file_is_bytes(tmp_path: Path, by_bytes: Any, by_words: Any) -> None:
     content = bytes(range(256)) * 2
     path = tmp_path / "any.bin"
@@ -154,7 +169,8 @@ Offer = Callable[[Callable[..., Any]], None]
 @pytest.fixture
 def offer(monkeypatch: pytest.MonkeyPatch) -> Offer:
     def put(load: Callable[..., Any]) -> None:
-        module = SimpleNamespace(load_dataset=load)
+        errors = SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
+        module = SimpleNamespace(load_dataset=load, exceptions=errors)
         monkeypatch.setattr(text, "import_extra", lambda *_: module)
 
     return put
@@ -168,7 +184,7 @@ def offer(monkeypatch: pytest.MonkeyPatch) -> Offer:
             "ptb",
             "sentence",
             " ",
-            ("ptb-text-only/ptb_text_only", "penn_treebank", "refs/convert/parquet"),
+            ("ptb-text-only/ptb_text_only", None, "refs/convert/parquet"),
         ),
     ],
 )
@@ -178,13 +194,13 @@ def test_joined_data_sets(
     source: str,
     column: str,
     joint: str,
-    asked: tuple[str, str, str | None],
+    asked: tuple[str, str | None, str | None],
 ) -> None:
     calls: list[Any] = []
 
     def load(path: str, name: str | None, **keywords: Any) -> Rows:
         calls.append((path, name, keywords["revision"]))
-        assert keywords["data_files"] is None
+        assert (keywords["data_files"] is None) == (name is not None)
         return Rows(column, [f"{keywords['split']} {index}" for index in range(60)])
 
     offer(load)

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dit_qat import load_quantized
 from dit_qat.calibration import Method
+from dit_qat.export.inspect import describe
 from dit_qat.export.manifest import read_manifest
+from dit_qat.export.sizes import measure, packed_disk
 from dit_qat.layers import CodedLinear, InputTransform, Scale
 from dit_qat.layers.rounding import nearest_layer
 from dit_qat.llm.hf.attach import attach_fresh
@@ -85,6 +88,77 @@ def test_another_dtype_is_for_float_parts_alone(
     assert torch.equal(again.get_submodule(UP).dequantized(), own.dequantized())
 
 
+def test_shards_are_for_transformers(
+    quantized: Callable[..., Any], windows: Tensor, tmp_path: Path
+) -> None:
+    model = quantized("tied")
+    model.save_pretrained(tmp_path / "m", max_shard_size="2KB")
+    shards = sorted((tmp_path / "m").glob("*.safetensors"))
+    assert len(shards) > 2
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert torch.equal(_logits(found, windows), _logits(model, windows))
+    with pytest.raises(ValueError, match="cut into shards"):
+        load_quantized(tmp_path / "m")
+    _edit(tmp_path / "m", _quantization(lambda q: q["modules"][UP]["settings"].update(limit=9.0)))
+    with pytest.raises(ValueError, match=r"shards|of-.*not the one that was written"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+
+
+def test_a_model_of_16_bits_comes_back_as_it_was(
+    make_model: MakeModel, signs: Method, windows: Tensor, tmp_path: Path
+) -> None:
+    make_model("qwen3").save_pretrained(tmp_path / "float")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.bfloat16)
+    quantize_llm(model, signs, windows)
+    save_quantized(model, tmp_path / "m", windows)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(_logits(found, windows), _logits(model, windows))
+    found.save_pretrained(tmp_path / "again")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("m", "again"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for key in ("dtype", "tie_word_embeddings"):
+        pair = [json.loads((tmp_path / n / "config.json").read_text())[key] for n in ("m", "again")]
+        assert pair[0] == pair[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_a_bias_that_the_architecture_lacks_is_stored(
+    quantized: Callable[..., Any], windows: Tensor, tmp_path: Path, name: str
+) -> None:
+    """As a correction behind the last norm is, and a head that was untied for a rotation."""
+    model = quantized(name)
+    model.lm_head.bias = nn.Parameter(torch.randn(64))
+    if name == "tied":
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 1.5)
+        model.config.tie_word_embeddings = False
+    save_quantized(model, tmp_path / "m", windows)
+    for load in (AutoModelForCausalLM.from_pretrained, load_quantized):
+        found = load(tmp_path / "m")
+        assert torch.equal(_logits(found, windows), _logits(model, windows))
+        found.save_pretrained(tmp_path / load.__name__)
+        again = load_quantized(tmp_path / load.__name__)
+        assert torch.equal(_logits(again, windows), _logits(model, windows))
+    model.model.norm.bias = nn.Parameter(torch.randn(32))
+    with pytest.raises(ValueError, match=r"model\.norm\.bias: the architecture has no such"):
+        save_quantized(model, tmp_path / "lost", windows)
+
+
+def test_tied_weights_are_counted_once(
+    quantized: Callable[..., Any], windows: Tensor, tmp_path: Path
+) -> None:
+    save_quantized(quantized("tied"), tmp_path / "m", windows)
+    found = load_quantized(tmp_path / "m")
+    sizes, told = measure(found, packed_disk(tmp_path / "m")), describe(found)
+    stored = load_file(tmp_path / "m/model.safetensors")
+    held = [tensor for tensor in sizes.tensors if "rotary" not in tensor.layer]
+    assert sum(tensor.resident for tensor in held) == sum(t.nbytes for t in stored.values())
+    assert sum(tensor.disk for tensor in held) == sum(t.nbytes for t in stored.values())
+    assert told.packed_bytes == sum(t.nbytes for t in stored.values())
+    assert "lm_head" not in {layer.name for layer in told.layers}
+
+
 def test_integer_layers_behind_a_transform_are_layers_too(
     make_model: MakeModel, windows: Tensor, tmp_path: Path
 ) -> None:
@@ -145,7 +219,9 @@ def _retensor(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> No
     path = folder / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata=metadata)
 
 
 @pytest.mark.parametrize(
@@ -196,10 +272,9 @@ def test_a_changed_manifest_is_refused_by_both_loaders(
 ) -> None:
     save_quantized(quantized(), tmp_path / "m", windows)
     _edit(tmp_path / "m", change)
-    with pytest.raises(ValueError, match=match):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match=rf"{match}|not the one that was written"):
-        load_quantized(tmp_path / "m")
+    for load in (AutoModelForCausalLM.from_pretrained, load_quantized):
+        with pytest.raises(ValueError, match=rf"{match}|not the one that was written"):
+            load(tmp_path / "m")
 
 
 @pytest.mark.parametrize(

@@ -172,3 +172,26 @@ def test_views_of_one_memory_are_shared() -> None:
     layers[1].mlp.down_proj.weight = nn.Parameter(layers[0].mlp.down_proj.weight.detach()[:])
     with pytest.raises(ValueError, match="is shared with"):
         check_unshared(model, roles_of(model).linears)
+
+
+def test_pieces_of_one_memory_are_not_shared_unless_they_overlap() -> None:
+    """As where a fused weight was cut, or a file is mapped."""
+    model = make("llama", tie_word_embeddings=False)
+    first, second = model.model.layers
+    memory = torch.randn(2 * 32 * 48)
+    for start, message in ((32 * 48, None), (32 * 47, r"gate_proj.weight is shared with .*up_pr")):
+        for linear, at in ((first.mlp.gate_proj, 0), (second.mlp.up_proj, start)):
+            linear.weight = nn.Parameter(memory[at : at + 32 * 48].view(48, 32))
+        if message is None:
+            assert shared_weights(model) == []
+            check_unshared(model, roles_of(model).linears)
+        else:
+            with pytest.raises(ValueError, match=message):
+                check_unshared(model, roles_of(model).linears)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_models_without_memory(tied: bool) -> None:
+    model = make("qwen2", tie_word_embeddings=tied).to("meta")
+    model.tie_weights()
+    assert bool(shared_weights(model)) == tied
