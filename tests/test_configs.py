@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from dit_qat.cli import llm
+from dit_qat.cli.llm_methods import method_of
 from dit_qat.cli.ptq import METHODS, ptq
 from dit_qat.cli.training import TrainingCLI, run_training
 from dit_qat.cli.verbs import run_function
@@ -226,7 +227,7 @@ def test_config_of_a_language_model_is_read(path: Path) -> None:
         given.update(options)
 
     run_function(record, "dit-qat llm quantize", ["--config", str(path)])
-    method = llm.method_of(given["method"], given["settings"])
+    method = method_of(given["method"], given["settings"])
     assert path.stem.startswith(given["method"])
     assert given["windows"] == 128
     assert given["length"] in (None, 2048)

@@ -3,14 +3,13 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
-from pkgutil import walk_packages
 from typing import Any, Literal
 
 import torch
 
 from dit_qat.calibration import LayerRow, Method, RunResult, remove_state
+from dit_qat.cli.llm_methods import method_of
 from dit_qat.dit.processes import pick_device
 from dit_qat.export.files import locked, write_json
 from dit_qat.export.finite import is_finite
@@ -26,12 +25,11 @@ from dit_qat.llm.models.checks import window_length
 from dit_qat.llm.quantize import least_bytes, quantize_llm
 from dit_qat.llm.report import LLMReport, write_llm_report
 
-__all__ = ["evaluate", "export", "generate", "method_of", "methods", "quantize"]
+__all__ = ["evaluate", "export", "generate", "quantize"]
 
 METRICS = "metrics.json"
 REPORT = "report.html"
 
-_METHODS = "dit_qat.llm.methods"
 _CHECKED = 2  # windows on which what is written is run
 
 
@@ -282,6 +280,7 @@ def _export_folder(loaded: LoadedLLM, out: Path, dtype: torch.dtype) -> int:
     """Write dequantized weights; returns their bytes."""
     quantized: Any = loaded.model
     plain = quantized.dequantize(torch.float32).to(dtype)
+    _check_plain(plain)
     for name, parameter in plain.named_parameters():
         if not is_finite(parameter):
             raise ValueError(f"{name} holds numbers beyond {dtype}; use another --dtype")
@@ -289,6 +288,19 @@ def _export_folder(loaded: LoadedLLM, out: Path, dtype: torch.dtype) -> int:
         plain.save_pretrained(place)
         loaded.tokenizer.save_pretrained(place)
     return sum(path.stat().st_size for path in out.glob("*.safetensors"))
+
+
+def _check_plain(model: Any) -> None:
+    """Refuse parameters that the model's own class lacks: its loader would drop them."""
+    with torch.device("meta"):
+        own = type(model)(model.config).state_dict().keys()
+    extra = [name for name in model.state_dict() if name not in own]
+    if extra:
+        raise ValueError(
+            f"{extra[0]} ({len(extra)} such) has no place in a plain {type(model).__name__}, and "
+            "transformers would drop it; keep the packed folder, or quantize without it (d2quant: "
+            "correction false and final_correction false)"
+        )
 
 
 def _limit(memory_gb: float | None) -> int | None:
@@ -308,40 +320,6 @@ def _decode(model: Any, wanted: bool | None) -> None:
         dtype = str(model.dtype).removeprefix("torch.")
         # Where a continued text is piped, it goes alone.
         print(f"weights are {how} ({sizes} in {dtype})", file=sys.stderr)
-
-
-def methods() -> dict[str, type[Method]]:
-    """All methods by the name that ``--method`` takes."""
-    package = import_module(_METHODS)
-    for module in walk_packages(package.__path__, f"{_METHODS}."):
-        import_module(module.name)
-    found, rest = {}, [Method]
-    while rest:
-        kind = rest.pop()
-        rest += kind.__subclasses__()
-        if kind.__module__.startswith(_METHODS) and "name" in kind.__dict__:
-            found[kind.name] = kind
-    return dict(sorted(found.items()))
-
-
-def method_of(method: Method | str, settings: Mapping[str, Any] | None) -> Method:
-    """The method that ``--method`` and ``--settings`` name.
-
-    Raises:
-        ValueError: for an unknown method, settings that it does not have or allow, or settings
-            beside a method that has its own.
-    """
-    if isinstance(method, Method):
-        if settings:
-            raise ValueError("--settings are for a method given by its name; leave them out")
-        return method
-    known = methods()
-    if method not in known:
-        raise ValueError(f"--method {method!r} is unknown; there are {', '.join(known)}")
-    try:
-        return known[method](**(settings or {}))
-    except TypeError as error:
-        raise ValueError(f"--settings of {method}: {error}") from error
 
 
 def _print_table(rows: Sequence[LayerRow]) -> None:

@@ -68,7 +68,7 @@ VERBS = {
             "quantize": "Quantize a language model block by block into a packed folder",
             "evaluate": "Measure perplexity on a text, and accuracy in zero-shot tasks",
             "generate": "Continue a text",
-            "export": "Write a packed model as a plain folder of transformers",
+            "export": "Write a packed model as a plain folder of transformers, or as GGUF",
         },
     ),
 }

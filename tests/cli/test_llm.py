@@ -15,9 +15,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dit_qat.cli.llm import methods
+from dit_qat.cli.llm_methods import method_of, methods
 from dit_qat.cli.main import VERBS, main
 from dit_qat.layers import CodedLinear, IntLinear
+from dit_qat.layers.rounding import ClipSearch
 
 LETTERS = string.ascii_letters + string.digits + " ."
 
@@ -251,3 +252,27 @@ def test_every_method_has_its_name() -> None:
     found = methods()
     assert {"rtn", "gptq"} <= found.keys()
     assert all(kind.name == name for name, kind in found.items())
+
+
+def test_settings_may_hold_parts_and_are_checked() -> None:
+    config = method_of("gptq", {"bits": 3, "clip": {"values": 5}}).config
+    assert config.clip == ClipSearch(values=5)
+    for wrong, told in (({"bits": "three"}, "Expected a <class 'int'>"), ({"bitz": 3}, "bitz")):
+        with pytest.raises(ValueError, match=f"--settings of gptq.*{told}"):
+            method_of("gptq", wrong)
+
+
+def test_a_plain_folder_has_no_place_for_corrections(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    given = ["--model", str(model), "--calibration", str(text), "--windows", "4", "--device", "cpu"]
+    settings = '{"preset": "exact", "group_size": 16}'
+    given += ["--method", "d2quant", "--settings", settings, "--out", str(packed)]
+    assert main(["llm", "quantize", *given]) == 0
+    capsys.readouterr()
+    assert main(["llm", "export", "--model", str(packed), "--out", str(plain)]) == 2
+    assert "has no place in a plain LlamaForCausalLM" in capsys.readouterr().err
+    assert not plain.exists()

@@ -38,7 +38,7 @@ def zero_shot(
     Args:
         model: A causal language model of Hugging Face, with or without quantized layers.
         tokenizer: Its tokenizer.
-        tasks: Names that the harness knows.
+        tasks: Names of tasks, or of groups with a mean of their own (mmlu), that the harness knows.
         limit: Questions of each task; None: all.
         batch: Sequences per call.
         seed: Of all that the harness draws.
@@ -56,24 +56,21 @@ def zero_shot(
     harness = import_extra("lm_eval", "llm")
     language_model = import_extra("lm_eval.models.huggingface", "llm").HFLM
     manager = import_extra("lm_eval.tasks", "llm").TaskManager()
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise ValueError(
-            f"lm-eval knows no {', '.join(unknown)}; 'lm-eval ls tasks' lists what it knows"
-        )
+    _check_tasks(tasks, manager)
     with evaluating(model):
         told = harness.simple_evaluate(
             model=language_model(pretrained=model, tokenizer=tokenizer, batch_size=batch),
             tasks=list(tasks),
             num_fewshot=0,
             limit=limit,
+            log_samples=False,  # which would keep every question in memory
             task_manager=manager,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    return {task: _percent(task, told["results"][task]) for task in tasks}
+    return {task: _percent(task, told["results"].get(task, {})) for task in tasks}
 
 
 def average(results: Mapping[str, Mapping[str, float]], measure: str = "acc") -> float:
@@ -89,11 +86,25 @@ def average(results: Mapping[str, Mapping[str, float]], measure: str = "acc") ->
     return sum(found.get(measure, found["acc"]) for found in results.values()) / len(results)
 
 
+def _check_tasks(tasks: Sequence[str], manager: Any) -> None:
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise ValueError(
+            f"lm-eval knows no {', '.join(unknown)}; 'lm-eval ls tasks' lists what it knows"
+        )
+    tags = [task for task in tasks if task in manager.all_tags]
+    if tags:
+        raise ValueError(
+            f"{', '.join(tags)} are tags of lm-eval, which have no result of their own; name the "
+            "tasks, as 'lm-eval ls subtasks' lists them"
+        )
+
+
 def _percent(task: str, found: Mapping[str, Any]) -> dict[str, float]:
     """The harness keys its numbers by measure and filter."""
     kept = {m: 100 * float(found[f"{m},none"]) for m in _MEASURES if f"{m},none" in found}
     if "acc" not in kept:
         raise ValueError(
-            f"task {task} has no accuracy (it measures {', '.join(found)}); leave it out"
+            f"task {task} has no accuracy (it measures {', '.join(found) or 'none'}); leave it out"
         )
     return kept

@@ -29,7 +29,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "lm_eval": SimpleNamespace(simple_evaluate=evaluate),
         "lm_eval.models.huggingface": SimpleNamespace(HFLM=lambda **kw: SimpleNamespace(**kw)),
         "lm_eval.tasks": SimpleNamespace(
-            TaskManager=lambda: SimpleNamespace(all_tasks=["piqa", "boolq", "poems"])
+            TaskManager=lambda: SimpleNamespace(
+                all_tasks=["piqa", "boolq", "poems", "ai2_arc"], all_tags=["ai2_arc"]
+            )
         ),
     }
 
@@ -59,6 +61,8 @@ def test_refusals(asked: dict[str, Any]) -> None:
         zero_shot(nn.Linear(1, 1), None, [])
     with pytest.raises(ValueError, match="lm-eval knows no chess"):
         zero_shot(nn.Linear(1, 1), None, ["piqa", "chess"])
+    with pytest.raises(ValueError, match="ai2_arc are tags of lm-eval"):
+        zero_shot(nn.Linear(1, 1), None, ["piqa", "ai2_arc"])
     assert not asked
     with pytest.raises(ValueError, match=r"poems has no accuracy \(it measures bleu"):
         zero_shot(nn.Linear(1, 1), None, ["poems"])
