@@ -28,7 +28,7 @@ class ZoneScan:
 
     Args:
         W: (n, k).
-        edges: (T,) thresholds above 0, ascending.
+        edges: (T,) thresholds above 0.
         mask: (n, k) bool, entries that count; None: all.
     """
 

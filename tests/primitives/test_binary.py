@@ -154,6 +154,47 @@ def test_solution_over_all_zones_is_least_squares_and_below_each_alone() -> None
     assert whole(together) < whole(separate) < whole(plain)
 
 
+def test_sums_are_those_of_the_dense_form() -> None:
+    W, X = heavy(6, 8), tokens(8)
+    S, mask = X.T @ X, masks(W)["large"]
+    basis = basis_of(mask, binarize(W, mask, 2).planes)
+    G, h = normal_equations(basis, W, S)
+    for row in range(6):
+        for a in range(3):
+            parts = [basis[a][row, i] * S[i, j] * W[row, j] for i in range(8) for j in range(8)]
+            torch.testing.assert_close(h[row, a], torch.stack(parts).sum())
+            for b in range(3):
+                pairs = product(range(8), repeat=2)
+                parts = [basis[a][row, i] * S[i, j] * basis[b][row, j] for i, j in pairs]
+                torch.testing.assert_close(G[row, a, b], torch.stack(parts).sum())
+
+
+def test_one_round_of_arb_x_is_equation_11() -> None:
+    """``mu = 1 S (w - alpha b) / 1 S 1``, then ``alpha = b S (w - mu 1) / b S b``."""
+    W, X = heavy(), tokens()
+    S, mask = X.T @ X, torch.ones_like(W)
+    start = arb(W, mask, 1)
+    found = moment_fit(W, mask, start, S, rounds=1).values
+    for row in (0, 11, 39):
+        b, w, one = start.planes[0, row], W[row], mask[row]
+        mean = one @ S @ (w - start.values[row, 1] * b) / (one @ S @ one)
+        scale = b @ S @ (w - mean * one) / (b @ S @ b)
+        torch.testing.assert_close(found[row], torch.stack([mean, scale]))
+
+
+def test_mean_and_scale_of_given_signs_have_a_closed_form() -> None:
+    W = heavy()
+    mask = masks(W)["large"]
+    start = binarize(W, mask, 1)
+    found = next(arb_steps(W, mask, start, 0, closed=True)).values
+    for row in range(0, N, 7):
+        w, b = W[row][mask[row] > 0], start.planes[0, row][mask[row] > 0]
+        skew = b.mean()
+        scale = ((b * w).mean() - skew * w.mean()) / (1 - skew**2)
+        expected = torch.stack([w.mean() - scale * skew, scale])
+        torch.testing.assert_close(found[row], expected, rtol=1e-6, atol=1e-9)
+
+
 def test_values_do_not_depend_on_the_scale_of_the_moment() -> None:
     W, X = heavy(), tokens()
     mask = masks(W)["small"]

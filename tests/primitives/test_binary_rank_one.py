@@ -58,16 +58,26 @@ def test_without_mask_one_plane_is_the_top_singular_triple() -> None:
     torch.testing.assert_close(terms(fit)[0], s[0] * U[:, :1] * V[:1] * signs(W))
 
 
-def test_a_row_step_is_weighted_least_squares() -> None:
+@pytest.mark.parametrize("order", [1, 2])
+def test_row_and_column_steps_are_weighted_least_squares(order: int) -> None:
     W = skewed()
     mask = masks(W)["large"]
-    start = rank_one_start(W, mask, 1)
-    first = next(rank_one_steps(W, mask, start, 1))
-    row = 7
-    kept = mask[row] > 0
-    design = (start.columns[0] * start.planes[0, row])[kept, None]
-    best = torch.linalg.lstsq(design, W[row][kept, None]).solution
-    torch.testing.assert_close(first.rows[0, row], best[0, 0])
+    before = rank_one_start(W, mask, order)
+    steps = rank_one_steps(W, mask, before, 1)
+    for t in range(order):
+        rest = W - (terms(before).sum(0) - terms(before)[t])
+        by_row, by_column = next(steps), next(steps)
+        for row in (7, 30):
+            kept = mask[row] > 0
+            design = (before.columns[t] * before.planes[t, row])[kept, None]
+            best = torch.linalg.lstsq(design, rest[row][kept, None]).solution
+            torch.testing.assert_close(by_row.rows[t, row], best[0, 0])
+        for column in (2, 31):
+            kept = mask[:, column] > 0
+            design = (by_row.rows[t] * before.planes[t, :, column])[kept, None]
+            best = torch.linalg.lstsq(design, rest[:, column][kept, None]).solution
+            torch.testing.assert_close(by_column.columns[t, column], best[0, 0])
+        before = by_column
 
 
 def test_the_start_is_equation_12() -> None:

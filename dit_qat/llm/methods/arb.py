@@ -9,13 +9,12 @@ from dit_qat.layers.binary_code import BinaryCode, BinaryLayout
 from dit_qat.llm.methods.binarizer import (
     Binarizer,
     CodingMethod,
-    Metric,
     Recipe,
-    SearchOn,
     binary_code,
     moment_of,
 )
 from dit_qat.llm.methods.binary_block import Plain
+from dit_qat.llm.methods.binary_config import FULL_RANGE, BinaryChoices, BinaryConfig
 from dit_qat.llm.methods.settings import (
     Preset,
     check_among,
@@ -23,8 +22,7 @@ from dit_qat.llm.methods.settings import (
     overridden,
     settled,
 )
-from dit_qat.llm.methods.zones import Groups, ZoneSearch
-from dit_qat.primitives.compensation import Update
+from dit_qat.llm.methods.zones import Groups
 from dit_qat.primitives.second_moment import SecondMoment
 
 __all__ = ["ARB", "PRESETS", "ARBChoices", "ARBConfig", "Variant", "quantize_weight"]
@@ -33,82 +31,59 @@ Variant = Literal["arb", "arb_x", "arb_rc"]
 
 
 @dataclass(frozen=True)
-class ARBChoices:
-    """What the presets differ in.
+class ARBChoices(BinaryChoices):
+    """What the presets differ in, with the release's values.
 
     Attributes:
-        update: Of the columns behind a block.
-        search_on: The matrix on which zones are sought.
-        search: Which.
         closed: Mean and scales of a zone by their joint optimum instead of in turn.
         joint: Values of all zones of a row solved together; never for ``arb``.
         feedback: Rounds of new signs with error feedback within a block; never for ``arb``.
     """
 
-    update: Update
-    search_on: SearchOn
-    search: ZoneSearch
-    closed: bool
-    joint: bool
-    feedback: int
+    closed: bool = False
+    joint: bool = False
+    feedback: int = 0
 
 
 PRESETS: dict[Preset, ARBChoices] = {
-    "paper": ARBChoices("diagonal", "saliency", ZoneSearch(), False, False, 0),
-    "exact": ARBChoices("exact", "weight", ZoneSearch(49, 49, 0.02, 0.98), True, True, 1),
+    "paper": ARBChoices(),
+    "exact": ARBChoices("exact", "weight", FULL_RANGE, closed=True, joint=True, feedback=1),
 }
-
-_USUAL_SALIENT = 12  # of 128 columns; what the search takes most often
 
 
 @dataclass(frozen=True)
-class ARBConfig:
-    """Settings of :class:`ARB`.
+class ARBConfig(BinaryConfig):
+    """Settings of :class:`ARB` beside those of :class:`BinaryConfig`.
 
     Attributes:
         variant: ``arb``: mean, scale and signs for the weight itself; ``arb_x``: then mean and
             scale for the second moment; ``arb_rc``: row and column scales.
-        preset: ``paper`` as released; ``exact`` ours: zones sought on the weight over all
-            quantiles, the least-squares update, values of all zones solved together, signs with
-            error feedback.
         cgb: Column-group bitmap: salient columns have magnitude groups, too.
         groups: Magnitude groups.
         iterations: Of every alternation.
-        block_size: Columns per block.
-        damping: Of the second moment, as a fraction of its mean diagonal.
-        metric: Which columns are salient: by ``w^2 / U_jj^2`` or by ``|w|``.
         budget: Effective bits that no layer exceeds, by fewer groups and then fewer salient
             columns; None: any.
-        update: As in :class:`ARBChoices`; None: the preset's. So for those below.
-        search_on: As ``update``.
-        search: As ``update``.
-        closed: As ``update``.
-        joint: As ``update``.
-        feedback: As ``update``.
+        closed: As in :class:`ARBChoices`; None: the preset's. So for those below.
+        joint: As ``closed``.
+        feedback: As ``closed``.
 
     Raises:
         ValueError: for an unknown name or a number outside its range.
     """
 
     variant: Variant = "arb_rc"
-    preset: Preset = "exact"
     cgb: bool = True
     groups: int = 2
     iterations: int = 15
-    block_size: int = 128
-    damping: float = 0.01
-    metric: Metric = "hessian"
     budget: float | None = None
-    update: Update | None = None
-    search_on: SearchOn | None = None
-    search: ZoneSearch | None = None
     closed: bool | None = None
     joint: bool | None = None
     feedback: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_among("variant", self.variant, get_args(Variant))
-        check_at_least(self, groups=1, iterations=0, block_size=1, damping=0)
+        check_at_least(self, groups=1, iterations=0)
         _ = self.recipe()
 
     @property
@@ -145,13 +120,14 @@ class ARBConfig:
         """
         if self.budget is None:
             return self.recipe()
-        columns = min(self.block_size, width)
-        usual = _USUAL_SALIENT * columns // 128
+        sizes = [min(self.block_size, width - at) for at in range(0, width, self.block_size)]
+        usual = FULL_RANGE.most_salient * sizes[0] // 128
         for groups in range(self.groups, 0, -1):
             recipe = self.recipe(groups)
             least = 0 if groups == 1 else min(usual, recipe.search.most_salient)
             for most in range(recipe.search.most_salient, least - 1, -1):
-                if recipe.layout.bits(rows, width, most / columns) <= self.budget:
+                share = sum(min(most, size - 1) for size in sizes) / width
+                if recipe.layout.bits(rows, width, share) <= self.budget:
                     return self.recipe(groups, most)
         floor = self.recipe(1).layout.bits(rows, width, 0)
         raise ValueError(
@@ -181,6 +157,10 @@ class ARB(CodingMethod):
 
     def __init__(self, config: ARBConfig | None = None, **fields: Any) -> None:
         self.config = settled(ARBConfig, config, fields)
+
+    def check_shape(self, rows: int, width: int) -> None:
+        """Refuse a layer that the budget does not reach."""
+        self.config.within_budget(rows, width)
 
     def code(self, name: str, weight: Tensor, second_moment: SecondMoment) -> BinaryCode:
         """Binarise one layer."""

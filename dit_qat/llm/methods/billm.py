@@ -9,75 +9,51 @@ from dit_qat.layers.binary_code import BinaryCode, BinaryLayout
 from dit_qat.llm.methods.binarizer import (
     Binarizer,
     CodingMethod,
-    Metric,
     Recipe,
-    SearchOn,
     binary_code,
     moment_of,
 )
 from dit_qat.llm.methods.binary_block import Plain
-from dit_qat.llm.methods.settings import Preset, check_at_least, overridden, settled
-from dit_qat.llm.methods.zones import Groups, ZoneSearch
-from dit_qat.primitives.compensation import Update
+from dit_qat.llm.methods.binary_config import FULL_RANGE, BinaryChoices, BinaryConfig
+from dit_qat.llm.methods.settings import Preset, overridden, settled
+from dit_qat.llm.methods.zones import Groups
 from dit_qat.primitives.second_moment import SecondMoment
 
 __all__ = ["PRESETS", "BiLLM", "BiLLMChoices", "BiLLMConfig", "quantize_weight"]
 
 
 @dataclass(frozen=True)
-class BiLLMChoices:
-    """What the presets differ in.
+class BiLLMChoices(BinaryChoices):
+    """What the presets differ in, with the release's values.
 
     Attributes:
-        update: Of the columns behind a block.
-        search_on: The matrix on which zones are sought.
-        search: Which.
         zeros_count: Quantiles count a zero for every entry of a salient column.
     """
 
-    update: Update
-    search_on: SearchOn
-    search: ZoneSearch
-    zeros_count: bool
+    zeros_count: bool = True
 
 
 PRESETS: dict[Preset, BiLLMChoices] = {
-    "paper": BiLLMChoices("diagonal", "saliency", ZoneSearch(), True),
-    "exact": BiLLMChoices("exact", "weight", ZoneSearch(49, 49, 0.02, 0.98), False),
+    "paper": BiLLMChoices(),
+    "exact": BiLLMChoices("exact", "weight", FULL_RANGE, zeros_count=False),
 }
 
 
 @dataclass(frozen=True)
-class BiLLMConfig:
-    """Settings of :class:`BiLLM`.
+class BiLLMConfig(BinaryConfig):
+    """Settings of :class:`BiLLM` beside those of :class:`BinaryConfig`.
 
     Attributes:
-        preset: ``paper`` as released; ``exact``: zones sought on the weight over all quantiles, and
-            the least-squares update.
-        block_size: Columns per block.
-        damping: Of the second moment, as a fraction of its mean diagonal.
-        metric: Which columns are salient: by ``w^2 / U_jj^2``, or by ``|w|`` (the release's
-            default, though every published command asks for the other).
-        update: As in :class:`BiLLMChoices`; None: the preset's. So for those below.
-        search_on: As ``update``.
-        search: As ``update``.
-        zeros_count: As ``update``.
+        zeros_count: As in :class:`BiLLMChoices`; None: the preset's.
 
     Raises:
         ValueError: for an unknown name or a number outside its range.
     """
 
-    preset: Preset = "exact"
-    block_size: int = 128
-    damping: float = 0.01
-    metric: Metric = "hessian"
-    update: Update | None = None
-    search_on: SearchOn | None = None
-    search: ZoneSearch | None = None
     zeros_count: bool | None = None
 
     def __post_init__(self) -> None:
-        check_at_least(self, block_size=1, damping=0)
+        super().__post_init__()
         _ = self.recipe
 
     @property

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dit_qat.calibration import LinearStatistics, Method, Needs
+from dit_qat.calibration import LinearStatistics, Method, Needs, Run
 from dit_qat.layers.binary_code import BinaryBlock, BinaryCode, BinaryLayout, decode_block
 from dit_qat.layers.coded_linear import CodedLinear
 from dit_qat.layers.weight_code import WeightCode
@@ -169,6 +169,25 @@ class CodingMethod(Method):
     def needs(self) -> Needs:
         """Second moments."""
         return Needs(second_moment=True, ranges=False)
+
+    def start(self, run: Run) -> None:
+        """Refuse layers whose shape cannot be coded.
+
+        Raises:
+            ValueError: naming the first.
+        """
+        for name, linear in run.target.linears().items():
+            try:
+                self.check_shape(linear.out_features, linear.in_features)
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from error
+
+    def check_shape(self, rows: int, width: int) -> None:
+        """Refuse a weight (rows, width) that cannot be coded, whatever its values.
+
+        Raises:
+            ValueError: saying why; here never.
+        """
 
     def quantize_linear(
         self, name: str, linear: nn.Linear, statistics: LinearStatistics

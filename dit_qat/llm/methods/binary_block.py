@@ -174,14 +174,16 @@ def rounded(fit: BlockFit) -> BinaryBlock:
 def solve_jointly(W: Tensor, fit: BlockFit, S: Tensor) -> BlockFit:
     """Values of all zones together for the least ``tr R S R^T``, signs and columns as they are.
 
-    Pruned entries count with all that they lose.
+    Pruned entries count with all that they lose. A row keeps its values where the new ones would
+    not fit float16.
     """
     values = torch.empty_like(fit.values)
     for start in range(0, len(W), _ROWS):
         stop = min(start + _ROWS, len(W))
         G, h = normal_equations(fit.rows(start, stop).basis(), W[start:stop], S)
         values[start:stop] = solve(G, h, fit.values[start:stop])
-    return fit._replace(values=values.clamp(-_HALF.max, _HALF.max))
+    storable = (values.abs() <= _HALF.max).all(1, keepdim=True)
+    return fit._replace(values=torch.where(storable, values, fit.values))
 
 
 def feed_back(W: Tensor, fit: BlockFit, factor: Tensor) -> BlockFit:
@@ -195,7 +197,9 @@ def feed_back(W: Tensor, fit: BlockFit, factor: Tensor) -> BlockFit:
         factor: (k, k), U_BB.
     """
     mean, first, second = (part.T.contiguous() for part in _entry_levels(fit))
-    target, salient = W.T.contiguous(), fit.zones.salient.tolist()
+    # A copy: of a single row, ``contiguous`` would hand out W itself.
+    target = W.T.clone(memory_format=torch.contiguous_format)
+    salient = fit.zones.salient.tolist()
     planes = torch.ones(2, *target.shape, dtype=W.dtype, device=W.device)
     keep = None if fit.keep is None else fit.keep.T.to(W.dtype).contiguous()
     for j in range(len(target)):

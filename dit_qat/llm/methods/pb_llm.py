@@ -162,7 +162,7 @@ class _PartialQuantizer:
             own = PartialBlock(low[:, at], plus[:, at], high[:, at], rows)
             return decode_partial_block(own, self.scales).to(W.dtype)
 
-        Q = column_by_column(round_column)(W, block)
+        Q = column_by_column(round_column)(W.clone(), block)
         return PartialBlock(low, plus & low, high * ~low, rows), Q
 
     def _levels(self, W: Tensor, low: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ second-order scores with values refitted for the outputs, and layers that keep m
 cosine between their inputs and outputs. What is here beyond that is ours.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -16,10 +17,7 @@ from dit_qat.calibration.trees import map_tensors, tensors_of
 from dit_qat.layers.binary_code import BinaryCode, BinaryLayout, decode_block
 from dit_qat.llm.methods.binarizer import (
     Binarizer,
-    CodingMethod,
-    Metric,
     Recipe,
-    SearchOn,
     binary_code,
     error_left,
     moment_of,
@@ -33,7 +31,13 @@ from dit_qat.llm.methods.binary_block import (
     rounded,
     solve_jointly,
 )
-from dit_qat.llm.methods.pruning import allocate_kept, drop_lowest, keep_highest
+from dit_qat.llm.methods.binary_config import FULL_RANGE, BinaryChoices, BinaryConfig
+from dit_qat.llm.methods.pruning import (
+    PruningMethod,
+    allocate_kept,
+    drop_lowest,
+    keep_highest,
+)
 from dit_qat.llm.methods.settings import (
     Preset,
     check_among,
@@ -41,8 +45,8 @@ from dit_qat.llm.methods.settings import (
     overridden,
     settled,
 )
-from dit_qat.llm.methods.zones import Groups, Zones, ZoneSearch, find_zones, saliency
-from dit_qat.primitives.compensation import Block, Update
+from dit_qat.llm.methods.zones import Groups, Zones, find_zones, saliency
+from dit_qat.primitives.compensation import Block
 from dit_qat.primitives.second_moment import SecondMoment
 
 __all__ = [
@@ -62,13 +66,10 @@ Importance = Literal["one_minus_cos", "reciprocal"]
 
 
 @dataclass(frozen=True)
-class PBS2PChoices:
-    """What the presets differ in.
+class PBS2PChoices(BinaryChoices):
+    """What the presets differ in, with the values of ``paper``.
 
     Attributes:
-        update: Of the columns behind a block.
-        search_on: The matrix on which zones are sought.
-        search: Which.
         search_kept: Zones are sought on the entries that one-shot pruning would keep.
         score: ``obs``: the saliency; ``delta``: by how much the block's error changes exactly when
             an entry is dropped, anew after every step.
@@ -76,75 +77,57 @@ class PBS2PChoices:
         feedback: Rounds of new signs with error feedback within the block, at the end.
     """
 
-    update: Update
-    search_on: SearchOn
-    search: ZoneSearch
-    search_kept: bool
-    score: Score
-    left: bool
-    feedback: int
+    search_kept: bool = False
+    score: Score = "obs"
+    left: bool = False
+    feedback: int = 0
 
 
 PRESETS: dict[Preset, PBS2PChoices] = {
-    "paper": PBS2PChoices("diagonal", "saliency", ZoneSearch(), False, "obs", False, 0),
-    "exact": PBS2PChoices(
-        "exact", "weight", ZoneSearch(49, 49, 0.02, 0.98), True, "delta", True, 1
-    ),
+    "paper": PBS2PChoices(),
+    "exact": PBS2PChoices("exact", "weight", FULL_RANGE, True, "delta", True, 1),
 }
 
 
 @dataclass(frozen=True)
-class PBS2PConfig:
-    """Settings of :class:`PBS2P`.
+class PBS2PConfig(BinaryConfig):
+    """Settings of :class:`PBS2P` beside those of :class:`BinaryConfig`.
 
     Attributes:
-        preset: ``paper``: pruning by saliency, signs kept; ``exact``: by the exact change of the
-            error, the least-squares update, signs chosen again with error feedback.
         kept: N on average over the decoder layers.
         of: M consecutive columns of a row; it divides ``block_size``.
-        groups: Magnitude groups of plain columns; salient ones have one.
+        groups: Magnitude groups of plain columns, as many as STBLLM has; salient ones have one.
+            With 2, 4:8 takes 2.8 effective bits in place of 3.55.
         coarse: Layers keep more or less by importance; otherwise all N.
         importance: Of a layer, from the cosine between its inputs and outputs.
         gain: How much importance counts.
         iterations: Of ARB, where a block begins.
-        block_size: Columns per block.
-        damping: Of the second moment, as a fraction of its mean diagonal.
-        metric: Which columns are salient.
-        update: As in :class:`PBS2PChoices`; None: the preset's. So for those below.
-        search_on: As ``update``.
-        search: As ``update``.
-        search_kept: As ``update``.
-        score: As ``update``.
-        left: As ``update``.
-        feedback: As ``update``.
+        search_kept: As in :class:`PBS2PChoices`; None: the preset's. So for those below.
+        score: As ``search_kept``.
+        left: As ``search_kept``.
+        feedback: As ``search_kept``.
 
     Raises:
         ValueError: for an unknown name or a number outside its range.
     """
 
-    preset: Preset = "exact"
     kept: int = 4
     of: int = 8
-    groups: int = 2
+    groups: int = 3
     coarse: bool = True
     importance: Importance = "one_minus_cos"
     gain: float = 1.0
     iterations: int = 15
-    block_size: int = 128
-    damping: float = 0.01
-    metric: Metric = "hessian"
-    update: Update | None = None
-    search_on: SearchOn | None = None
-    search: ZoneSearch | None = None
     search_kept: bool | None = None
     score: Score | None = None
     left: bool | None = None
     feedback: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_among("importance", self.importance, get_args(Importance))
         check_among("score", self.choices.score, get_args(Score))
-        check_at_least(self, iterations=0, gain=0, damping=0)
+        check_at_least(self, iterations=0, gain=0)
         _ = self.recipe(self.kept)
 
     @property
@@ -225,7 +208,7 @@ def quantize_weight(
     weight: Tensor,
     second_moment: Tensor | SecondMoment,
     config: PBS2PConfig,
-    kept: int | None = None,
+    kept: int,
 ) -> BinaryCode:
     """Prune and binarise a weight (out, in), given the second moment (in, in) of its inputs.
 
@@ -233,12 +216,12 @@ def quantize_weight(
         weight: (out, in).
         second_moment: (in, in), of any scale.
         config: How.
-        kept: Of every ``config.of`` columns, in place of ``config.kept``.
+        kept: Entries of every ``config.of`` columns.
 
     Raises:
         ValueError: for a width that patterns do not fill.
     """
-    recipe = config.recipe(config.kept if kept is None else kept)
+    recipe = config.recipe(kept)
     binarizer = Progressive(recipe, moment_of(second_moment), config.choices)
     return binary_code(weight, second_moment, binarizer, config.choices.update, config.damping)
 
@@ -283,7 +266,7 @@ def layer_importance(cosines: list[float], kind: Importance) -> list[float]:
     return [1.0 for _ in raw] if mean <= 0 else [value / mean for value in raw]
 
 
-class PBS2P(CodingMethod):
+class PBS2P(PruningMethod):
     """PBS2P.
 
     Args:
@@ -295,13 +278,12 @@ class PBS2P(CodingMethod):
 
     def __init__(self, config: PBS2PConfig | None = None, **fields: Any) -> None:
         self.config = settled(PBS2PConfig, config, fields)
-        self._kept: dict[str, int] = {}
 
-    def start(self, run: Run) -> None:
-        """Look once at the float model, and decide how much every decoder layer keeps."""
+    def allocate(self, run: Run) -> Mapping[str, int]:
+        """Look once at the float model: decoder layers that change their inputs more keep more."""
         own = self.config
         if not own.coarse:
-            return
+            return {}
         blocks = run.target.find_blocks(run.store[0])
         cosines = layer_cosines(run.model, [block for _, block in blocks], run.store)
         linears = run.target.linears()
@@ -310,10 +292,9 @@ class PBS2P(CodingMethod):
         low, high = max(1, own.kept - 1), min(own.of, own.kept + 2)
         importance = layer_importance(cosines, own.importance)
         kept = allocate_kept(importance, own.kept, low, high, own.gain, sizes)
-        for names, count in zip(inside, kept, strict=True):
-            self._kept |= dict.fromkeys(names, count)
         run.report["kept_by_layer"] = {b: n for (b, _), n in zip(blocks, kept, strict=True)}
+        return {name: n for names, n in zip(inside, kept, strict=True) for name in names}
 
     def code(self, name: str, weight: Tensor, second_moment: SecondMoment) -> BinaryCode:
         """Prune and binarise one layer."""
-        return quantize_weight(weight, second_moment, self.config, self._kept.get(name))
+        return quantize_weight(weight, second_moment, self.config, self.kept_of(name))

@@ -1,13 +1,54 @@
 """N:M pruning: which entries of every M consecutive columns are kept, and how many per layer."""
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["allocate_kept", "drop_lowest", "keep_highest", "outlier_share", "ria", "shifted_kept"]
+from dit_qat.calibration import Run
+from dit_qat.layers.binary_code import BinaryLayout
+from dit_qat.llm.methods.binarizer import CodingMethod
+
+__all__ = [
+    "PruningMethod",
+    "allocate_kept",
+    "drop_lowest",
+    "keep_highest",
+    "outlier_share",
+    "ria",
+    "shifted_kept",
+]
 
 _HALVINGS = 80
+
+
+class PruningMethod(CodingMethod):
+    """A method that prunes to N:M, where layers may differ in N; its configuration says ``of``."""
+
+    _kept: Mapping[str, int] = {}
+
+    def start(self, run: Run) -> None:
+        """Decide how much every layer keeps, while the model is float.
+
+        Raises:
+            ValueError: for a layer whose width patterns do not fill, or as :meth:`allocate`.
+        """
+        super().start(run)
+        self._kept = self.allocate(run)
+
+    @abstractmethod
+    def allocate(self, run: Run) -> Mapping[str, int]:
+        """Entries kept of every group, by full name of a linear; those absent keep the usual."""
+
+    def check_shape(self, rows: int, width: int) -> None:
+        """Refuse a layer whose width patterns do not fill."""
+        own = self.config
+        BinaryLayout(kept=own.kept, of=own.of, block_size=own.block_size).blocks(width)
+
+    def kept_of(self, name: str) -> int:
+        """Entries that a linear keeps of every group."""
+        return self._kept.get(name, int(self.config.kept))
 
 
 def keep_highest(score: Tensor, kept: int, of: int) -> Tensor:

@@ -1,5 +1,6 @@
 """STBLLM (arXiv:2408.01803): N:M pruning, then binarisation in three magnitude groups."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -10,13 +11,18 @@ from dit_qat.calibration import Run
 from dit_qat.layers.binary_code import BinaryCode, BinaryLayout
 from dit_qat.llm.methods.binarizer import (
     Binarizer,
-    CodingMethod,
     Recipe,
     binary_code,
     moment_of,
 )
 from dit_qat.llm.methods.binary_block import Plain
-from dit_qat.llm.methods.pruning import keep_highest, outlier_share, ria, shifted_kept
+from dit_qat.llm.methods.pruning import (
+    PruningMethod,
+    keep_highest,
+    outlier_share,
+    ria,
+    shifted_kept,
+)
 from dit_qat.llm.methods.settings import (
     Preset,
     check_among,
@@ -128,7 +134,7 @@ def quantize_weight(
     weight: Tensor,
     second_moment: Tensor | SecondMoment,
     config: STBLLMConfig,
-    kept: int | None = None,
+    kept: int,
 ) -> BinaryCode:
     """Prune and binarise a weight (out, in), given the second moment (in, in) of its inputs.
 
@@ -136,12 +142,11 @@ def quantize_weight(
         weight: (out, in).
         second_moment: (in, in), of any scale.
         config: How.
-        kept: Of every ``config.of`` columns, in place of ``config.kept``.
+        kept: Entries of every ``config.of`` columns.
 
     Raises:
         ValueError: for a width that patterns do not fill.
     """
-    kept = config.kept if kept is None else kept
     recipe, H = config.recipe(kept), moment_of(second_moment)
     BinaryLayout(3, 1, kept=kept, of=config.of, block_size=config.block_size).blocks(
         weight.shape[1]
@@ -158,7 +163,7 @@ def quantize_weight(
     return binary_code(pruned, second_moment, binarizer, update, damping)
 
 
-class STBLLM(CodingMethod):
+class STBLLM(PruningMethod):
     """STBLLM.
 
     Args:
@@ -170,17 +175,16 @@ class STBLLM(CodingMethod):
 
     def __init__(self, config: STBLLMConfig | None = None, **fields: Any) -> None:
         self.config = settled(STBLLMConfig, config, fields)
-        self._kept: dict[str, int] = {}
 
-    def start(self, run: Run) -> None:
-        """Decide how much every layer keeps, by the outliers among its weights.
+    def allocate(self, run: Run) -> Mapping[str, int]:
+        """More for layers with more outliers among their weights.
 
         Raises:
             ValueError: if that takes weights that are not in memory.
         """
         own, linears = self.config, run.target.linears()
         if own.strength < 0.5:  # every shift rounds to zero
-            return
+            return {}
         shares = []
         for name, linear in linears.items():
             if linear.weight.is_meta:
@@ -192,8 +196,8 @@ class STBLLM(CodingMethod):
             score = ria(linear.weight.detach().float(), ones)
             shares.append(outlier_share(score, own.outliers))
         kept = shifted_kept(shares, own.kept, own.of, own.strength)
-        self._kept = dict(zip(linears, kept, strict=True))
+        return dict(zip(linears, kept, strict=True))
 
     def code(self, name: str, weight: Tensor, second_moment: SecondMoment) -> BinaryCode:
         """Prune and binarise one layer."""
-        return quantize_weight(weight, second_moment, self.config, self._kept.get(name))
+        return quantize_weight(weight, second_moment, self.config, self.kept_of(name))

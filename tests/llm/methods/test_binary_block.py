@@ -112,6 +112,39 @@ def test_joint_values_are_least_squares_on_outputs(layout: BinaryLayout) -> None
         torch.testing.assert_close(design @ fit.values[row], design @ best, rtol=1e-5, atol=1e-6)
 
 
+def test_joint_values_of_a_pruned_block_are_least_squares_for_the_whole_weight() -> None:
+    W, S = weight(), moment()
+    fit = solve_jointly(W, pruned_once(W), S)
+    root = torch.linalg.cholesky(S).T
+    assert fit.keep is not None
+    for row in (1, 22):
+        design = torch.stack([b[row] for b in fit.basis()], 1)
+        assert not bool(design[~fit.keep[row]].any())
+        best = torch.linalg.lstsq(root @ design, root @ W[row], driver="gelsd").solution
+        torch.testing.assert_close(design @ fit.values[row], design @ best, rtol=1e-5, atol=1e-6)
+
+
+def test_joint_values_that_float16_cannot_hold_are_not_taken() -> None:
+    W, S = weight(), moment()
+    fit = fit_block(W, zones(W), BinaryLayout(2, 2), Plain(3))
+    large = W.clone()
+    large[5] *= 1e7
+    found = solve_jointly(large, fit, S).values
+    assert torch.equal(found[5], fit.values[5])
+    torch.testing.assert_close(found[6:], solve_jointly(W, fit, S).values[6:])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_feedback_leaves_the_weight_alone(rows: int) -> None:
+    W, S = weight()[:rows], moment()
+    before = W.clone()
+    fit = fit_block(
+        W, zones(weight())._replace(group=zones(weight()).group[:rows]), LAYOUTS[1], Plain(3)
+    )
+    feed_back(W, fit, factor(S))
+    assert torch.equal(W, before)
+
+
 def test_what_is_left_of_an_error_is_the_least_over_the_columns_behind() -> None:
     S, R = moment(), normal(3, 10, seed=8)
     U = factor(S)[:10, :10]
