@@ -22,6 +22,9 @@ SHORTER = {
         *("--calibration.images", "8", "--calibration.steps", "2", "--sampler.steps", "3"),
         *("--evaluation.images", "4", "--evaluation.samples", "16"),
     ],
+    "llm quantize": ["--windows", "4", "--length", "64"],
+    "llm evaluate": ["--windows", "4"],
+    "llm generate": ["--tokens", "4"],
 }
 QUICK_FIT = ["--samples.every_n_steps", "0", "--trainer.limit_val_batches", "0"]
 
@@ -58,12 +61,19 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     steps = 2
     for words in program_lines(README, runnable=True):
-        extra = SHORTER.get(words[0], [])
+        verb = " ".join(words[:2]) if VERBS[words[0]].inner else words[0]
+        extra = SHORTER.get(verb, [])
         if words[0] == "fit":
             extra = [*QUICK_FIT, "--trainer.max_steps", str(steps)]
             steps += 2
         assert main([*words, *extra]) == 0, words
-    for result in ("demo/report.html", "demo/metrics.json", "samples/grid.png", "scores"):
+    for result in (
+        "demo/report.html",
+        "demo/metrics.json",
+        "samples/grid.png",
+        "scores",
+        "runs/llm/pt2_tiny_plain",
+    ):
         assert (tmp_path / result).exists(), result
 
 
