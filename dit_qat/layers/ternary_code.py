@@ -126,9 +126,16 @@ class TernaryCode(WeightCode):
         return None if self.order is None else _unpacked(self.order)
 
     def take_rows(self, index: Tensor) -> "TernaryCode":
-        """The code of ``weight[index]``: a permutation of the outputs costs nothing."""
+        """The code of ``weight[index]``: a permutation of the outputs costs nothing.
+
+        It shares no memory with this one, as writers of files demand.
+        """
         return replace(
-            self, codes=self.codes[index], scale=self.scale[index], offset=self.offset[index]
+            self,
+            codes=self.codes[index],
+            scale=self.scale[index],
+            offset=self.offset[index],
+            order=None if self.order is None else self.order.clone(),
         )
 
     def without_order(self) -> "TernaryCode":

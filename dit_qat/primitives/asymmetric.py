@@ -16,12 +16,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dit_qat.primitives.damped_cholesky import damped_cholesky
+from dit_qat.primitives.damped_cholesky import damped_cholesky, enough_damping
 from dit_qat.primitives.scales import widen
+from dit_qat.primitives.second_moment import SecondMoment
 
 __all__ = ["Asymmetric", "Multiplied", "retarget"]
 
 Multiplied = Literal["pre_round", "as_released"]
+
+_PANEL = 512  # columns that are solved at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +78,21 @@ class Asymmetric:
 
 
 def p_of_factor(rows: Tensor, R: Tensor) -> Tensor:
-    """P (B, r) of a block and the columns from it on, with ``H = R R^T`` of those (r, r)."""
-    rows = rows.to(R.dtype)
-    turned = torch.linalg.solve_triangular(R.mT, rows, upper=False, left=False).triu_(1)
-    P: Tensor = torch.linalg.solve_triangular(R, turned, upper=True, left=False)
+    """P (B, r) of a block and the columns from it on, with ``H = R R^T`` of those (r, r).
+
+    In panels: R is part of a larger matrix, of which one solve would take a copy.
+    """
+    P = rows.to(R.dtype, copy=True)
+    panels = [slice(start, start + _PANEL) for start in range(0, len(R), _PANEL)]
+    for here in reversed(panels):  # P R^T = rows
+        before, corner = slice(0, here.start), R[here, here]
+        P[:, here] = torch.linalg.solve_triangular(corner.mT, P[:, here], upper=False, left=False)
+        P[:, before].addmm_(P[:, here], R[before, here].mT, alpha=-1)
+    P.triu_(1)
+    for here in panels:  # P R = what that gave
+        behind, corner = slice(here.stop, None), R[here, here]
+        P[:, here] = torch.linalg.solve_triangular(corner, P[:, here], upper=True, left=False)
+        P[:, behind].addmm_(P[:, here], R[here, behind], alpha=-1)
     return P
 
 
@@ -93,7 +107,7 @@ def p_of_inverse(rows: Tensor, U_BB: Tensor, U_BR: Tensor, following: Tensor) ->
 @torch.no_grad()
 def retarget(
     weight: Tensor,
-    second_moment: Tensor,
+    second_moment: Tensor | SecondMoment,
     cross_moment: Tensor,
     strength: float = 1.0,
     damping: float = 0.01,
@@ -113,8 +127,11 @@ def retarget(
         ValueError: for shapes that do not fit or values that are not finite.
     """
     Asymmetric(cross_moment, strength).check(weight.shape[1])
+    tokens = second_moment.tokens if isinstance(second_moment, SecondMoment) else None
+    H = second_moment.matrix if isinstance(second_moment, SecondMoment) else second_moment
+    damping = enough_damping(damping, tokens, int((H.diagonal() != 0).sum()))
     W = widen(weight.detach())
-    L, _ = damped_cholesky(second_moment.to(W.device), damping)
+    L, _ = damped_cholesky(H.to(W.device), damping)
     moved = (W @ cross_moment.to(W)).to(L.dtype)
     shift = torch.cholesky_solve(moved.mT, L).mT
     return W + strength * shift.to(W.dtype)

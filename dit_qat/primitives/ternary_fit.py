@@ -110,8 +110,9 @@ def _nearest(weight: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> Te
 def align_ternary(weight: Tensor, fit: TernaryRows, second_moment: Tensor) -> TernaryRows:
     """AGA: the scale and offset of least output error for the codes as they are, in float64.
 
-    A row keeps its own where the system is singular. The scale of S does not matter, nor is S to
-    be damped.
+    A row keeps its own where the system is singular, as far as the precision of S can tell: one
+    token that outweighs all others makes it so. The scale of S does not matter, nor is S to be
+    damped.
 
     Args:
         weight: (out, k).
@@ -124,7 +125,10 @@ def align_ternary(weight: Tensor, fit: TernaryRows, second_moment: Tensor) -> Te
     a, b, d = (TS * T).sum(1), T @ ones, ones.sum()
     p, q = (TS * W).sum(1), W @ ones
     det = a * d - b.square()
-    sound = det > _SINGULAR * a * d
+    # What the roundings of S can add up to: S_ij is known to eps sqrt(S_ii S_jj).
+    size = S.diagonal().sqrt()
+    rounding = (T.abs() @ size).square() * d + a * size.sum().square()
+    sound = det > torch.maximum(_SINGULAR * a * d, torch.finfo(second_moment.dtype).eps * rounding)
     safe = torch.where(sound, det, 1)
     scale, offset = (d * p - b * q) / safe, (a * q - b * p) / safe
     return TernaryRows(

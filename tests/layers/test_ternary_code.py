@@ -75,6 +75,11 @@ def test_a_permutation_of_outputs_folds_into_the_rows_of_the_layer_before() -> N
     folded = nn.functional.silu(x @ rows[0].decode().T) * (x @ rows[1].decode().T)
     assert torch.equal(rows[0].decode(), gate.decode()[order])
     torch.testing.assert_close(folded, hidden[:, order])
+    assert down.order is not None
+    taken = down.take_rows(torch.arange(12)).tensors()
+    for name, tensor in down.tensors().items():
+        assert torch.equal(taken[name], tensor)
+        assert taken[name].data_ptr() != tensor.data_ptr()
     plain = down.without_order()
     assert plain.order is None
     torch.testing.assert_close(

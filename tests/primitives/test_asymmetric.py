@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_qat.primitives import asymmetric as module
 from dit_qat.primitives.asymmetric import Asymmetric, retarget
 from dit_qat.primitives.compensation import Block, column_by_column, compensate
+from dit_qat.primitives.second_moment import SecondMoment
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -76,6 +78,18 @@ def test_columns_follow_the_textbook_loop(size: int, released: bool) -> None:
     torch.testing.assert_close(Q, textbook(W, H, D, 0.5, size, released), rtol=0, atol=1e-10)
     plain = compensate(W, H, loop, size, damping=0).weight
     assert not torch.equal(Q, plain)
+
+
+@pytest.mark.parametrize("panel", [1, 3, 5, 16, 64])
+def test_panels_make_up_the_dense_p(monkeypatch: pytest.MonkeyPatch, panel: int) -> None:
+    monkeypatch.setattr(module, "_PANEL", panel)
+    H, D = moments(*inputs())
+    R = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)
+    torch.testing.assert_close(R @ R.T, H)
+    for start, stop in ((0, 5), (5, 10), (10, 16)):
+        rows = 0.5 * D[start:stop, start:]
+        P = module.p_of_factor(rows, R[start:, start:])
+        torch.testing.assert_close(P, dense(H, D, 0.5)[start:stop, start:])
 
 
 @pytest.mark.parametrize("update", ["exact", "diagonal"])
@@ -151,6 +165,15 @@ def test_the_target_differs_from_the_objective_by_a_constant() -> None:
         constants.append(whole - ((Q - aim) @ H @ (Q - aim).T).trace())
     torch.testing.assert_close(constants[0].expand(3), torch.stack(constants))
     assert torch.equal(retarget(W, H, D, strength=0), W)
+
+
+def test_the_target_of_few_tokens_is_damped_as_their_compensation_is() -> None:
+    exact, X = inputs(8)
+    H, D = moments(exact, X)
+    few = SecondMoment(16, dtype=torch.float64)
+    few.add(X)
+    W = normal(9, 16, seed=5)
+    assert torch.equal(retarget(W, few, D), retarget(W, H, D, damping=0.1))
 
 
 def test_dead_columns_take_no_part() -> None:

@@ -165,3 +165,14 @@ def test_singular_rows_fall_back_alone() -> None:
     assert torch.equal(aligned.scale[:2], fit.scale[:2])
     assert torch.equal(aligned.offset[:2], fit.offset[:2])
     assert not torch.equal(aligned.scale[2], fit.scale[2])
+
+
+@pytest.mark.parametrize("others", [0, 200])
+def test_one_token_alone_aligns_nothing(others: int) -> None:
+    """Scale and offset are one number to it; that float32 rounds it must not hide that."""
+    W, X = student(64, 128).float(), normal(1 + others, 128).float()
+    X[0] *= 1e5
+    itf = fit_ternary_rows(W)
+    assert torch.equal(align_ternary(W, itf, X.T @ X).values, itf.values)
+    fine = align_ternary(W, itf, X.double().T @ X.double())
+    assert torch.equal(fine.values, itf.values) == (others == 0)

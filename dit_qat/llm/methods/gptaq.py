@@ -45,14 +45,14 @@ class GPTAQConfig(GPTQConfig):
 
 
 def quantize_weight(
-    weight: Tensor, second_moment: SecondMoment, cross_moment: Tensor, config: GPTAQConfig
+    weight: Tensor, second_moment: SecondMoment, cross_moment: Tensor | None, config: GPTAQConfig
 ) -> Rounded:
     """Round a weight (out, in).
 
     Args:
         weight: (out, in).
         second_moment: X^T X (in, in) of the inputs.
-        cross_moment: (X_fp - X)^T X (in, in).
+        cross_moment: (X_fp - X)^T X (in, in); None: it is left out, which is GPTQ.
         config: How.
 
     Raises:
@@ -60,10 +60,11 @@ def quantize_weight(
     """
     c = config
     grid = grid_of(c.bits, c.symmetric, c.group_size, weight.shape[1])
-    if c.retarget:
-        weight = retarget(weight, second_moment.matrix, cross_moment, c.strength, c.damping)
-        return round_gptq(weight, second_moment, grid, c.settings, c.clip)
-    term = Asymmetric(cross_moment, c.strength, c.multiplies)
+    term = None
+    if cross_moment is not None and c.retarget:
+        weight = retarget(weight, second_moment, cross_moment, c.strength, c.damping)
+    elif cross_moment is not None:
+        term = Asymmetric(cross_moment, c.strength, c.multiplies)
     return round_gptq(weight, second_moment, grid, c.settings, c.clip, asymmetric=term)
 
 
@@ -82,8 +83,8 @@ class GPTAQ(StagedMethod):
 
     @property
     def needs(self) -> Needs:
-        """Second moments and cross moments."""
-        return Needs(second_moment=True, cross_moment=True, ranges=False)
+        """Second moments, and cross moments for the asymmetric term."""
+        return Needs(second_moment=True, cross_moment=self.config.strength > 0, ranges=False)
 
     def quantize_group(
         self, linears: Linears, statistics: LinearStatistics
@@ -91,10 +92,8 @@ class GPTAQ(StagedMethod):
         """Solve each layer."""
         c, found = self.config, {}
         moment, cross = statistics.second_moment, statistics.cross_moment
-        if moment is None or cross is None:
-            raise ValueError(
-                "GPTAQ needs both moments: ask for Needs(second_moment=True, cross_moment=True)"
-            )
+        if moment is None:
+            raise ValueError("GPTAQ needs second moments: ask for Needs(second_moment=True)")
         for name, linear in linears.items():
             codes, scales, _ = quantize_weight(linear.weight, moment, cross, c)
             grid = grid_of(c.bits, c.symmetric, c.group_size, linear.in_features)

@@ -1,25 +1,27 @@
 """Methods on small language models: what folds changes nothing, and every method runs."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from dit_qat.calibration import BlockView, Method, Run
 from dit_qat.layers import CodedLinear, IntLinear
 from dit_qat.layers.rounding import ClipSearch
-from dit_qat.llm.methods.awq import AWQ
-from dit_qat.llm.methods.d2quant import D2Quant
+from dit_qat.llm.hf.folder import save_quantized
+from dit_qat.llm.methods import AWQ, GPTAQ, GPTQ, PT2, RTN, D2Quant, SliM
 from dit_qat.llm.methods.d2quant.correction import Shifted, mean_deviation
 from dit_qat.llm.methods.d2quant.rotation import rotate_residual_
-from dit_qat.llm.methods.gptaq import GPTAQ
-from dit_qat.llm.methods.gptq import GPTQ
-from dit_qat.llm.methods.pt2 import PT2
-from dit_qat.llm.methods.rtn import RTN
-from dit_qat.llm.methods.slim import SliM
 from dit_qat.llm.models.roles import roles_of
 from dit_qat.llm.quantize import quantize_llm
 
@@ -48,9 +50,14 @@ def llama(**changes: Any) -> LlamaForCausalLM:
     return unequal_(LlamaForCausalLM(LlamaConfig(**sizes)))
 
 
-def opt() -> OPTForCausalLM:
+def tied() -> LlamaForCausalLM:
+    return llama(tie_word_embeddings=True)
+
+
+def opt(**changes: Any) -> OPTForCausalLM:
     torch.manual_seed(0)
-    return unequal_(OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32)))
+    sizes = SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32} | changes
+    return unequal_(OPTForCausalLM(OPTConfig(**sizes)))
 
 
 def windows(count: int = 8, length: int = 32, seed: int = 0) -> Tensor:
@@ -67,7 +74,7 @@ def error(model: nn.Module, exact: Tensor) -> float:
     return float((logits(model) - exact).square().sum() / exact.square().sum())
 
 
-FAST: dict[str, Any] = {"group_size": 16, "clip": ClipSearch(values=6), "iterations": 3}
+FAST: dict[str, Any] = {"group_size": 16, "clips": (ClipSearch(values=6),), "iterations": 3}
 METHODS: dict[str, Method] = {
     "rtn": RTN(bits=4, group_size=16),
     "gptq": GPTQ(bits=4, group_size=16),
@@ -92,6 +99,32 @@ def test_every_method_quantizes_every_layer(method: Method, make: Any) -> None:
     )
     assert error(model, exact) < 0.9
     assert result.averages["effective_weight_bits"] > result.averages["weight_bits"]
+
+
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        (llama, PT2(group_size=8)),
+        (opt, PT2(preset="paper", group_size=8)),
+        (llama, D2Quant(bits=2, **FAST)),
+        (tied, D2Quant(bits=3, preset="paper", **FAST)),
+        (opt, D2Quant(bits=2, final_correction=True, **FAST)),
+        (llama, AWQ(bits=2, group_size=16, tokens=64)),
+        (opt, SliM(bits=2, group_size=8, range_steps=2, tokens=64)),
+        (llama, GPTAQ(bits=3, group_size=16)),
+    ],
+    ids=lambda given: getattr(given, "name", None) or given.__name__,
+)
+def test_every_method_is_stored_and_comes_back_bit_for_bit(
+    make: Any, method: Method, tmp_path: Path
+) -> None:
+    model = make()
+    quantize_llm(model, method, windows(), batch_size=4)
+    exact = logits(model)
+    assert save_quantized(model, tmp_path / "ours", windows(2)).agreement.output == 0
+    model.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / folder)), exact)
 
 
 class Unfolded:
@@ -226,6 +259,25 @@ def test_the_correction_removes_the_mean_and_nothing_else() -> None:
     share = method.snr.square() / (1 + method.snr.square())
     torch.testing.assert_close(1 - after / before, share, rtol=1e-3, atol=1e-5)
     assert float(share.max()) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({}, {"rotation": True}, "LayerNorm.* set rotation=False"),
+        ({"do_layer_norm_before": False}, {}, "set final_correction=False"),
+        ({"word_embed_proj_dim": 16}, {}, "set final_correction=False"),
+    ],
+)
+def test_what_a_plain_mlp_cannot_have_is_refused_before_the_run(
+    changes: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    model = opt(**changes)
+    exact = logits(model)
+    method = D2Quant(**{"final_correction": True, **FAST, **settings})
+    with pytest.raises(ValueError, match=message):
+        quantize_llm(model, method, windows(), batch_size=4)
+    assert torch.equal(logits(model), exact)
 
 
 def test_a_model_of_unknown_parts_is_refused_before_the_run() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_qat.llm.methods.pt2 import PT2Config, quantize_weight
+from dit_qat.llm.methods.pt2 import PT2, PT2Config, quantize_weight
 from dit_qat.llm.methods.pt2.quantize import _TernaryBlocks, most_alike
 from dit_qat.primitives.compensation import compensate
 from dit_qat.primitives.second_moment import SecondMoment
@@ -69,7 +69,9 @@ def test_every_part_helps_on_other_tokens() -> None:
 
 def test_without_all_its_parts_it_is_rounding() -> None:
     bare = {"fitting": False, "alignment": False, "compensated": False, "order": "none"}
-    Q = quantize_weight(W, H, replace(EXACT, **bare)).decode()  # type: ignore[arg-type]
+    config = PT2Config(group_size=32, **bare)  # type: ignore[arg-type]
+    assert not PT2(config).needs.cross_moment
+    Q = quantize_weight(W, H, config, cross_moment=H.matrix).decode()
     for group in range(8):
         part = slice(32 * group, 32 * group + 32)
         expected = start_ternary(W[:, part]).values

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_qat.layers.rounding import ClipSearch
+from dit_qat.layers.rounding import ClipSearch, Rounded
 from dit_qat.llm.methods import awq, d2quant, gptaq, gptq, rtn, slim
-from dit_qat.llm.methods.d2quant.quantize import _PlaneRounder, round_integers
+from dit_qat.llm.methods.d2quant.quantize import _PlaneRounder, output_errors, round_integers
+from dit_qat.primitives.asymmetric import Asymmetric
 from dit_qat.primitives.compensation import Block, compensate
 from dit_qat.primitives.second_moment import SecondMoment
 
@@ -31,6 +32,7 @@ def tokens(count: int, width: int, seed: int = 5) -> Tensor:
 W = normal(48, 128) * (0.5 * normal(128, seed=3)).exp()
 X = tokens(1024, 128)
 H = moment(X)
+EXACT = d2quant.D2QuantConfig(group_size=32)
 
 
 def error(Q: Tensor, x: Tensor = X, exact: Tensor | None = None) -> float:
@@ -105,7 +107,8 @@ def test_gptaq_is_nearer_to_the_float_outputs() -> None:
 @pytest.mark.parametrize("bits", [2, 3])
 @pytest.mark.parametrize("ordered", [False, True])
 def test_planes_are_what_errors_were_made_up_for(bits: int, ordered: bool) -> None:
-    config = d2quant.D2QuantConfig(bits=bits, group_size=32, ordered=ordered)
+    order = "groups" if ordered else "none"
+    config = d2quant.D2QuantConfig(bits=bits, group_size=32, order=order)
     code = d2quant.quantize_weight(W, H, config)
     rounder = _PlaneRounder(W, 32, config)
     order = "group_activation" if ordered else None
@@ -116,7 +119,7 @@ def test_planes_are_what_errors_were_made_up_for(bits: int, ordered: bool) -> No
 
 def test_dual_scales_beat_integers_where_columns_differ() -> None:
     """Column factors stay what they are under a flat second moment."""
-    config = d2quant.D2QuantConfig(group_size=32, ordered=False)
+    config = d2quant.D2QuantConfig(group_size=32, order="none")
     spread = W * (1.2 * normal(128, seed=8)).exp()
 
     def relative(Q: Tensor) -> float:
@@ -225,6 +228,9 @@ def test_one_bit_groups_are_mean_and_spread_and_ranges_never_hurt() -> None:
         (lambda: d2quant.D2QuantConfig(bits=4), "bits=4"),
         (lambda: d2quant.D2QuantConfig(multiplies="all"), "multiplies='all'"),  # type: ignore[arg-type]
         (lambda: d2quant.D2QuantConfig(preset="best"), "preset='best'"),  # type: ignore[arg-type]
+        (lambda: d2quant.D2QuantConfig(order="rows"), "order='rows'"),  # type: ignore[arg-type]
+        (lambda: d2quant.D2QuantConfig(clips=()), "clips="),
+        (lambda: d2quant.D2QuantConfig(headroom=(1.0, 0.0)), "headroom="),
         (lambda: awq.AWQConfig(ratios=0), "ratios=0"),
         (lambda: awq.AWQConfig(clip_least=2.0), "clip_least=2.0"),
         (lambda: slim.SliMConfig(bits=1), "bits=1"),
@@ -248,3 +254,61 @@ def test_blocks_of_the_plane_rounder_need_whole_groups() -> None:
 
     compensate(W, H, record, 32, order="group_activation", group_size=32)
     assert all(len(set((block.columns // 32).tolist())) == 1 for block in seen)
+
+
+def test_output_errors_are_those_of_the_outputs_but_for_a_constant() -> None:
+    exact = X + 0.5 * tokens(1024, 128, seed=40)
+    term = Asymmetric((exact - X).T @ X, 1.0)
+    Q = [W + 0.1 * normal(48, 128, seed=seed) for seed in (1, 2)]
+    plain, moved = ([output_errors(W, q, H.matrix, given) for q in Q] for given in (None, term))
+    direct = [(X @ (q - W).T).square().sum(0) for q in Q]
+    torch.testing.assert_close(plain, direct, rtol=1e-4, atol=1e-2)
+    aimed = [(X @ q.T - exact @ W.T).square().sum(0) for q in Q]
+    difference = moved[0] - moved[1]
+    torch.testing.assert_close(difference, aimed[0] - aimed[1], rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+def test_every_row_takes_the_better_range(crossed: bool) -> None:
+    full, clipped = ClipSearch(values=1), ClipSearch(41, 0.2, 2.0)
+    D = 0.2 * (tokens(1024, 128, seed=40) - X).T @ X if crossed else None
+    term = None if D is None else Asymmetric(D)
+
+    def rounded(*clips: ClipSearch) -> Rounded:
+        return round_integers(W, H, d2quant.D2QuantConfig(group_size=32, clips=clips), D)[1]
+
+    both, *alone = rounded(full, clipped), rounded(full), rounded(clipped)
+    errors = [output_errors(W, found.values, H.matrix, term) for found in (both, *alone)]
+    assert torch.equal(errors[0], torch.minimum(*errors[1:]))
+    assert bool((errors[0] < errors[1]).any())
+    assert bool((errors[0] < errors[2]).any())
+    grid = awq.IntegerGrid(2, False, 32)
+    assert torch.equal(awq.decode(both.codes, grid, both.scales), both.values)
+
+
+def test_headroom_leaves_what_later_columns_need() -> None:
+    tight = d2quant.D2QuantConfig(group_size=32, headroom=(1.0,))
+    errors = [error(d2quant.quantize_weight(W, H, c).decode()) for c in (tight, EXACT)]
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_columns_of_next_to_no_weight_spoil_no_scale() -> None:
+    weight = W.clone()
+    weight[:, :24] *= 1e-12
+    weight[:, 33:64] = 0
+    code = d2quant.quantize_weight(weight, H, EXACT)
+    assert code.column_scale is not None
+    assert 2.0**-9 < float(code.column_scale.min()) < float(code.column_scale.max()) < 2**8
+    Q = code.decode()
+    assert error(Q + W - weight) < 1.2 * error(d2quant.quantize_weight(W, H, EXACT).decode())
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_exact_is_no_worse_than_paper(bits: int) -> None:
+    errors = {}
+    for preset in ("paper", "exact"):
+        config = d2quant.D2QuantConfig(preset=preset, bits=bits, group_size=32)  # type: ignore[arg-type]
+        planes = d2quant.quantize_weight(W, H, config).decode()
+        errors[preset] = error(planes), error(round_integers(W, H, config)[1].values)
+    assert errors["exact"][0] < errors["paper"][0]
+    assert errors["exact"][1] < errors["paper"][1]

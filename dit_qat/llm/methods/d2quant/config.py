@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from dit_qat.layers.rounding import ClipSearch, GPTQSettings
 from dit_qat.llm.methods.settings import Preset, check_among, check_at_least, overridden
 from dit_qat.primitives.asymmetric import Multiplied
 
-__all__ = ["D2QuantConfig", "Recipe"]
+__all__ = ["ColumnOrder", "D2QuantConfig", "Recipe"]
+
+ColumnOrder = Literal["columns", "groups", "none"]
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,22 @@ class Recipe:
     multiplies: Multiplied
     rotation: bool
     final_correction: bool
-    clip: ClipSearch
+    order: ColumnOrder
+    headroom: tuple[float, ...]
+    clips: tuple[ClipSearch, ...]
 
 
 _PRESETS: Mapping[Preset, Recipe] = {
-    "paper": Recipe("as_released", True, True, ClipSearch()),
-    "exact": Recipe("pre_round", False, False, ClipSearch(41, 0.2, 2.0)),
+    "paper": Recipe("as_released", True, True, "groups", (1.0,), (ClipSearch(),)),
+    # Levels fitted to the weights as they are have no room for what columns are to make up for.
+    "exact": Recipe(
+        "pre_round",
+        False,
+        False,
+        "columns",
+        (1.0, 1.25, 1.5, 2.0),
+        (ClipSearch(values=1), ClipSearch(41, 0.2, 2.0)),
+    ),
 }
 
 
@@ -46,8 +58,14 @@ class D2QuantConfig:
         asymmetric: Strength of GPTAQ's term; 0: none.
         multiplies: What that term multiplies in blocks behind.
         rotation: Rotate the residual stream by Hadamard matrices of ``group_size`` first.
-        ordered: Groups, and columns within groups, of large second moment first.
-        clip: Search of the range of integer layers; ``ClipSearch(values=1)`` is none.
+        order: What comes first: ``groups`` of large second moment, and columns within them, with
+            scales of the weight as compensated by then; ``columns`` of it in integer layers, with
+            scales of the weight as it was (layers with two scales go by groups then, too); or
+            ``none``: as they are.
+        headroom: Factors of the fitted row scales of layers with two scales, of which every row and
+            group takes the one that leaves the least error once later columns have made up for it.
+        clips: Searches of the range of integer layers, of which every row takes the one that leaves
+            its outputs the least error; ``ClipSearch(values=1)`` is the full range.
         damping: Added to the diagonal of H, as a fraction of its mean.
         limit: Greatest magnitude of a correction.
         staged: Whether each group of layers sees what the quantized ones before it leave.
@@ -66,8 +84,9 @@ class D2QuantConfig:
     asymmetric: float = 0.25
     multiplies: Multiplied | None = None
     rotation: bool | None = None
-    ordered: bool = True
-    clip: ClipSearch | None = None
+    order: ColumnOrder | None = None
+    headroom: tuple[float, ...] | None = None
+    clips: tuple[ClipSearch, ...] | None = None
     damping: float = 0.01
     limit: float = 10.0
     staged: bool = True
@@ -78,6 +97,11 @@ class D2QuantConfig:
         check_at_least(self, group_size=8, iterations=1, asymmetric=0, limit=0)
         _ = self.settings
         check_among("multiplies", self.recipe.multiplies, get_args(Multiplied))
+        check_among("order", self.recipe.order, get_args(ColumnOrder))
+        if not self.recipe.clips:
+            raise ValueError("clips=() leaves no range; ClipSearch(values=1) is the full one")
+        if not self.recipe.headroom or min(self.recipe.headroom) <= 0:
+            raise ValueError(f"headroom={self.recipe.headroom} must be factors above 0, such as 1")
 
     @property
     def recipe(self) -> Recipe:
@@ -86,5 +110,6 @@ class D2QuantConfig:
 
     @property
     def settings(self) -> GPTQSettings:
-        """Of the solver."""
-        return GPTQSettings(self.damping, self.group_size)
+        """Of the solver of integer layers."""
+        static = self.recipe.order == "columns"
+        return GPTQSettings(self.damping, self.group_size, act_order=static, static_groups=static)

@@ -11,7 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DualScale", "fit_dual_scale", "fit_row_scales", "nearest_planes", "steps_of_dual_scale"]
+__all__ = [
+    "DualScale",
+    "Levels",
+    "fit_dual_scale",
+    "fit_row_scales",
+    "nearest_planes",
+    "steps_of_dual_scale",
+]
 
 _SINGULAR = 1e-9  # of the product of the planes' norms: then two planes look alike
 
@@ -65,30 +72,60 @@ def fit_row_scales(weight: Tensor, fit: DualScale) -> DualScale:
 
     A row keeps its scales where two of its planes look alike.
     """
-    B, c = fit.planes.double(), fit.columns.double()
-    gram = torch.einsum("pok,qok,k->opq", B, B, c.square())
-    against = torch.einsum("pok,ok,k->op", B, weight.double(), c)
+    c, count = fit.columns.double(), len(fit.planes)
+    gram, against = c.new_empty(len(weight), count, count), c.new_empty(len(weight), count)
+    for p, plane in enumerate(fit.planes):  # signs multiply without rounding
+        against[:, p] = (plane * weight).double() @ c
+        for q, other in enumerate(fit.planes[: p + 1]):
+            gram[:, p, q] = gram[:, q, p] = (plane * other).double() @ c.square()
     norms = gram.diagonal(dim1=1, dim2=2).prod(1)
     sound = torch.linalg.det(gram) > _SINGULAR * norms
-    identity = torch.eye(len(B), dtype=gram.dtype, device=gram.device)
+    identity = torch.eye(count, dtype=gram.dtype, device=gram.device)
     solved = torch.linalg.solve(torch.where(sound[:, None, None], gram, identity), against)
     rows = torch.where(sound[:, None], solved, fit.rows.double()).to(fit.rows.dtype)
     flips = torch.where(rows < 0, -1, 1).to(fit.planes.dtype)
     return fit._replace(planes=fit.planes * flips.T[:, :, None], rows=rows.abs())
 
 
+class Levels(NamedTuple):
+    """What the planes of each row can add up to, from least to greatest.
+
+    Attributes:
+        values: (out, 2^planes).
+        signs: (planes, out, 2^planes), of which each is the sum.
+    """
+
+    values: Tensor
+    signs: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> "Levels":
+        """All sums of row scales (out, planes), added in the order in which they are decoded."""
+        signs = rows.new_tensor([*product((1.0, -1.0), repeat=rows.shape[1])]).T
+        values = rows.new_zeros(len(rows), signs.shape[1])
+        for plane, scale in zip(signs, rows.unbind(1), strict=True):
+            values += scale[:, None] * plane
+        values, numbers = values.sort(dim=1)
+        return cls(values, signs[:, numbers])
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Number of the nearest level of weights (out, k), which columns have been divided from."""
+        place = torch.zeros_like(weight, dtype=torch.long)
+        between = (self.values[:, 1:] + self.values[:, :-1]) / 2
+        for edge in torch.split(between, 1, dim=1):  # one at a time: all at once take much memory
+            place += weight > edge
+        return place
+
+    def planes(self, numbers: Tensor) -> Tensor:
+        """Signs (planes, out, k) of levels (out, k)."""
+        return torch.stack([plane.gather(1, numbers) for plane in self.signs])
+
+
 def nearest_planes(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The nearest of all sums of signs (planes, out, k); of weights (out, k) of such columns."""
-    signs = weight.new_tensor([*product((1.0, -1.0), repeat=rows.shape[1])])  # (levels, planes)
-    levels = rows @ signs.T
+    levels = Levels.of(rows)
     at = torch.where(columns > 0, weight / torch.where(columns > 0, columns, 1), 0)
-    best, least = torch.zeros_like(at, dtype=torch.long), torch.full_like(at, torch.inf)
-    for number in range(len(signs)):  # one level at a time: all at once take much memory
-        distance = (at - levels[:, number : number + 1]).abs_()
-        nearer = distance < least
-        best[nearer] = number
-        least = torch.where(nearer, distance, least)
-    return signs.T[:, best]
+    return levels.planes(levels.nearest(at))
 
 
 def _start(weight: Tensor, planes: int) -> DualScale:

@@ -16,7 +16,7 @@ from dit_qat.llm.methods.d2quant.rotation import rotate_residual_
 from dit_qat.llm.methods.folding import fold_column_scale
 from dit_qat.llm.methods.settings import settled
 from dit_qat.llm.methods.staged import Linears, StagedMethod
-from dit_qat.llm.models.roles import roles_of
+from dit_qat.llm.models.roles import Roles, roles_of
 
 __all__ = ["D2Quant"]
 
@@ -47,6 +47,8 @@ class D2Quant(StagedMethod):
     def start(self, run: Run) -> None:
         """Rotate the float model if asked to, which leaves its function as it is."""
         super().start(run)
+        if self.config.recipe.final_correction:
+            _check_head(run.model, self.known_roles())
         self._run, self._shifts = run, {}
         if self.config.recipe.rotation:
             rotate_residual_(run.model, roles_of(run.model), self.config.group_size, run.seed)
@@ -132,6 +134,16 @@ class D2Quant(StagedMethod):
 
 def _within(view: BlockView, name: str) -> nn.Module:
     return view.block.get_submodule(name.removeprefix(f"{view.name}."))
+
+
+def _check_head(model: Any, roles: Roles) -> None:
+    head = model.get_output_embeddings()
+    last = None if roles.final_norm is None else model.get_submodule(roles.final_norm)
+    if last is None or last.weight is None or len(last.weight) != head.in_features:
+        raise ValueError(
+            f"in {type(model).__name__}, no norm stands right before the head, so that there is "
+            "nothing to correct; set final_correction=False"
+        )
 
 
 def _give_head_bias(model: nn.Module, shift: Tensor) -> None:

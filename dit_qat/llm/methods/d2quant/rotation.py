@@ -83,6 +83,8 @@ def _untie(model: Any, embedding: nn.Embedding, head: nn.Linear) -> None:
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
+        # transformers made the list when the model was built; a writer would leave the head out.
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
 
 
 def _fuse(norm: nn.Module, readers: list[nn.Module]) -> None:

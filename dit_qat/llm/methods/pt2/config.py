@@ -40,8 +40,8 @@ class PT2Config:
         group_size: Columns of a block, which share a scale and an offset per row.
         fitting: Iterative ternary fitting; without it, the quantizer it begins with.
         alignment: Activation-aware grid alignment.
-        compensated: Columns to come make up for the errors of a block; without all three, this is
-            rounding to asymmetric ternary.
+        compensated: Columns to come make up for the errors of a block, and for those of the inputs;
+            without all three, this is rounding to asymmetric ternary.
         order: Which columns share a block: those alike (structural-similarity reordering), those of
             large second moment first, random ones, or neighbours.
         update: How a block's error moves the columns to come.
@@ -89,3 +89,8 @@ class PT2Config:
     def recipe(self) -> Recipe:
         """The preset, with the fields that are given."""
         return overridden(_PRESETS, self)
+
+    @property
+    def crossed(self) -> bool:
+        """Whether cross moments are made use of."""
+        return self.compensated and self.recipe.asymmetric > 0

@@ -34,8 +34,7 @@ class PT2(StagedMethod):
     @property
     def needs(self) -> Needs:
         """Second moments, and cross moments for the asymmetric term."""
-        crossed = self.config.recipe.asymmetric > 0
-        return Needs(second_moment=True, cross_moment=crossed, ranges=False)
+        return Needs(second_moment=True, cross_moment=self.config.crossed, ranges=False)
 
     def quantize_group(
         self, linears: Linears, statistics: LinearStatistics

@@ -42,9 +42,9 @@ def quantize_weight(
             float16.
     """
     weight, recipe, term = weight.detach().float(), config.recipe, None
-    if cross_moment is not None and recipe.asymmetric > 0:
+    if cross_moment is not None and config.crossed:
         if config.retarget:
-            moments = second_moment.matrix, cross_moment
+            moments = second_moment, cross_moment
             weight = retarget(weight, *moments, recipe.asymmetric, config.damping)
         else:
             term = Asymmetric(cross_moment, recipe.asymmetric, within=False)
