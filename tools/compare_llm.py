@@ -127,8 +127,14 @@ def orderings() -> list[tuple[str, str]]:
     found += [(name, f"{name}_cgb") for name in ("arb", "arb_x", "arb_rc")]
     found += [(f"{name}_cgb", f"{name}_cgb_4groups") for name in ("arb_x", "arb_rc")]
     found += [(f"stbllm_{n}of8", f"pbs2p_{n}of8") for n in SPARSITIES]
+    found += [
+        (f"{a}_exact", f"{b}_exact")
+        for a, b in found
+        if f"{b}_exact" in METHODS and f"{a}_exact" in METHODS
+    ]
     found += [(other, "pt2") for other in _ternary() if other not in ("pt2", "pt2_exact")]
-    found += [("rtn_2bit", "gptq_2bit"), ("gptq_2bit", "d2quant_2bit")]
+    found += [("rtn_2bit", "gptq_2bit")]
+    found += [("gptq_2bit", f"d2quant{preset}_2bit") for preset in ("", "_exact")]
     return found
 
 

@@ -44,10 +44,11 @@ def method_of(method: Method | str, settings: Mapping[str, Any] | None) -> Metho
     known = methods()
     if method not in known:
         raise ValueError(f"--method {method!r} is unknown; there are {', '.join(known)}")
-    return known[method](_config(known[method], settings or {}))
+    kind: Any = known[method]
+    return kind(_config(kind, settings or {}))  # type: ignore[no-any-return]
 
 
-def _config(kind: type[Method], settings: Mapping[str, Any]) -> Any:
+def _config(kind: Any, settings: Mapping[str, Any]) -> Any:
     """A method's configuration from plain values, those of its parts included."""
     (config,) = (k for k in get_args(get_type_hints(kind.__init__)["config"]) if is_dataclass(k))
     names = [field.name for field in fields(config)]

@@ -106,8 +106,16 @@ def _name(
     offset: tuple[float, float],
     side: str,
 ) -> None:
-    look = {"fontsize": SMALL, "color": colour, "ha": "right", "va": side}
-    axes.annotate(text, place, xytext=offset, textcoords="offset points", **look)
+    axes.annotate(
+        text,
+        place,
+        xytext=offset,
+        textcoords="offset points",
+        fontsize=SMALL,
+        color=colour,
+        ha="right",
+        va=side,
+    )
 
 
 def best_for_their_size(points: Sequence[Point]) -> list[Point]:
