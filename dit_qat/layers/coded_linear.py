@@ -1,6 +1,6 @@
 """CodedLinear: a linear layer whose weight is a :class:`~dit_qat.layers.weight_code.WeightCode`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dit_qat.layers.linear import refuse_other_marker
+from dit_qat.layers.stored import StoredBuffers, refuse_float_weight
 from dit_qat.layers.weight_code import Room, Setting, WeightCode
 
 __all__ = ["CodedLinear"]
@@ -15,7 +16,7 @@ __all__ = ["CodedLinear"]
 FORMAT = "dit_qat.coded_linear.1"
 
 
-class CodedLinear(nn.Module):
+class CodedLinear(StoredBuffers):
     """``y = x decode(code)^T + bias``, with the code's tensors as buffers of their own names.
 
     Buffers keep their dtype when the model is cast. The weight is decoded at every call: whoever
@@ -181,24 +182,10 @@ class CodedLinear(nn.Module):
             f"bias={self.bias is not None}, code={self.kind.name}, settings={self.settings}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CodedLinear":
-        """Keep every buffer's dtype: a cast of the model to 16 bits is for its activations."""
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in self.named_buffers(recurse=False):
-            before = kept[name]
-            if before is not None and buffer.dtype != before.dtype:
-                setattr(self, name, before.to(buffer.device))
-        return self
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        if prefix + "weight" in state_dict:
-            raise ValueError(
-                f"{prefix}weight is a float weight, but {prefix[:-1] or 'this'} is a CodedLinear, "
-                "which holds codes; load the weights into the float model, and quantize that"
-            )
+        refuse_float_weight(self, state_dict, prefix)
         self._restored = None  # values may change in place
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -1,12 +1,13 @@
 """InputTransform: scale, permute and rotate a layer's input, and its weight to match."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dit_qat.layers.stored import StoredBuffers
 from dit_qat.primitives.hadamard import Rotation
 from dit_qat.primitives.scales import widen
 
@@ -58,7 +59,7 @@ class Rotate:
     rotation: Rotation
 
 
-class InputTransform(nn.Module):
+class InputTransform(StoredBuffers):
     """A chain of steps ``x -> x T`` with the weight's ``W -> W T^-T``, so that ``x W^T`` stays.
 
     Args:
@@ -165,16 +166,6 @@ class InputTransform(nn.Module):
 
     def _vector(self, number: int) -> Tensor:
         return self.get_buffer(f"vector{number}")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InputTransform":
-        """Keep scales in float32: a cast of the model to 16 bits is for its activations."""
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in self.named_buffers(recurse=False):
-            before = kept[name]
-            if before is not None and buffer.dtype != before.dtype:
-                setattr(self, name, before.to(buffer.device))
-        return self
 
 
 def _check_scale(vector: Tensor, width: int) -> None:

@@ -1,7 +1,7 @@
 """IntLinear: integer weights and activations beside an optional low-rank branch, for inference."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, get_args
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dit_qat.layers.input_transform import InputTransform, TransformStep
 from dit_qat.layers.linear import BranchDtype, refuse_other_marker
 from dit_qat.layers.step_bits import StepBits, timesteps_in_scope
+from dit_qat.layers.stored import StoredBuffers, refuse_float_weight
 from dit_qat.layers.token_quantizer import TokenQuantizer
 from dit_qat.primitives.integer import IntegerGrid, Scales, decode, pack_codes, unpack_codes
 from dit_qat.primitives.packing import field_bytes
@@ -83,7 +84,7 @@ class IntLinearConfig:
         return cls(**values)
 
 
-class IntLinear(nn.Module):
+class IntLinear(StoredBuffers):
     """``y = Q_a(z) (scale (codes - zero))^T + (z B^T) A^T + bias`` with ``z = transform(x)``.
 
     ``codes`` (out, ceil(in bits / 8)) uint8 is packed by
@@ -314,24 +315,10 @@ class IntLinear(nn.Module):
             )
         setattr(self, name, stored)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IntLinear":
-        """Keep every buffer's dtype: a cast of the model to 16 bits is for its activations."""
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in self.named_buffers(recurse=False):
-            before = kept[name]
-            if before is not None and buffer.dtype != before.dtype:
-                setattr(self, name, before.to(buffer.device))
-        return self
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        if prefix + "weight" in state_dict:
-            raise ValueError(
-                f"{prefix}weight is a float weight, but {prefix[:-1] or 'this'} is an IntLinear, "
-                "which holds codes; load the weights into the float model, and quantize that"
-            )
+        refuse_float_weight(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -1,11 +1,11 @@
 """PackedLinear: a QuantLinear whose weight is codes, for inference."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dit_qat.kernels.packed_matmul import float_matmul, packed_matmul
@@ -16,6 +16,7 @@ from dit_qat.layers.linear import (
     marker,
     refuse_other_marker,
 )
+from dit_qat.layers.stored import StoredBuffers, refuse_float_weight
 from dit_qat.primitives.formats import UniformGrid
 from dit_qat.primitives.packing import field_bytes, pack_ternary
 from dit_qat.primitives.scales import widen
@@ -26,7 +27,7 @@ __all__ = ["PackedLinear"]
 FORMAT = "dit_qat.packed_linear.1"
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(StoredBuffers):
     """The inference twin of :class:`QuantLinear`: the same outputs from 2 bits per weight.
 
     ``codes`` (out, ceil(in/4)) uint8 holds the ternary residual in the rotated basis, four per byte
@@ -48,6 +49,8 @@ class PackedLinear(nn.Module):
     Raises:
         ValueError: for a width without a Hadamard order or a rank beyond min(out, in).
     """
+
+    cast = frozenset({"bias", "low_rank_up", "low_rank_down"})
 
     codes: Tensor
     scale: Tensor
@@ -176,22 +179,10 @@ class PackedLinear(nn.Module):
             f"rotation={self.rotation}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        """Keep the scale in float32: a cast of the model to 16 bits is for its activations."""
-        scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
-        return self
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        if prefix + "weight" in state_dict:
-            raise ValueError(
-                f"{prefix}weight is a float weight, but {prefix[:-1] or 'this'} is a PackedLinear, "
-                "which holds codes; load the weights into the model that was packed, and pack that"
-            )
+        refuse_float_weight(self, state_dict, prefix)
         self.row_sums = None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
