@@ -155,7 +155,7 @@ def test_another_configuration_and_float_weights_are_refused() -> None:
     other = built(GRIDS[8], TokenQuantizer(3))
     with pytest.raises(ValueError, match=r"saved under another configuration .*activation"):
         other.load_state_dict(layer.state_dict())
-    with pytest.raises(ValueError, match="this holds codes .IntLinear"):
+    with pytest.raises(ValueError, match=r"this holds codes \(IntLinear"):
         layer.load_state_dict(linear().state_dict())
 
 
