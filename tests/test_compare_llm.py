@@ -40,6 +40,8 @@ def test_cells_are_kept_averaged_and_drawn(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(compare_llm.Bench, "judged", lambda *_: pytest.fail("repeated"))
     compare(tmp_path, monkeypatch, *wanted)
     assert json.loads((tmp_path / "metrics.json").read_text()) == found
+    with pytest.raises(ValueError, match=r"'judged': 4.*use another --out"):
+        compare(tmp_path, monkeypatch, *wanted, "--judged", "5")
 
 
 def test_an_order_is_counted_by_seed() -> None:

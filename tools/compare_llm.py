@@ -47,6 +47,7 @@ from dit_qat.llm.quantize import quantize_llm
 from dit_qat.llm.report import Point, perplexity_plot
 
 SPARSITIES = (4, 5, 6)  # kept of eight
+SHARED = ("model", "calibration", "evaluation", "window", "windows", "judged")  # of all cells
 
 _BARE: dict[str, Any] = {"fitting": False, "alignment": False, "compensated": False}
 
@@ -197,8 +198,23 @@ class Bench:
         }
 
 
+def check_settings(arguments: argparse.Namespace) -> None:
+    """Keep what all cells of a folder share, and refuse to put others beside them.
+
+    Raises:
+        ValueError: if the folder's cells are of another model, text or number of windows.
+    """
+    path = arguments.out / "settings.json"
+    wanted = {name: getattr(arguments, name) for name in SHARED}
+    if not path.exists():
+        write_json(path, wanted)
+    elif (kept := json.loads(path.read_text())) != wanted:
+        raise ValueError(f"{arguments.out} has cells of {kept}, not of {wanted}; use another --out")
+
+
 def run_all(arguments: argparse.Namespace) -> None:
     """Fill the cells that are missing."""
+    check_settings(arguments)
     bench, cells = Bench.of(arguments), arguments.out / "cells"
     reference = cells / "float.json"
     if not reference.exists():

@@ -24,7 +24,7 @@ _SIMULATED = (
 )
 _PACKED = (
     "These are packed weights: bytes on disk are those of the files, resident ones those of the "
-    "tensors after a first image; effective bits are measured on disk."
+    "tensors after a first call; effective bits are measured on disk."
 )
 _FLOAT = "These are float weights: nothing is quantized."
 
@@ -43,8 +43,8 @@ def inspect(
 
     Args:
         checkpoint: A .ckpt of dit-qat fit, whose EMA weights are described.
-        weights: Other weights instead: a packed folder of dit-qat export or dit-qat ptq, or float
-            ones: digits, a .safetensors file, a published .pt.
+        weights: Other weights instead: a packed folder of dit-qat export, dit-qat ptq or dit-qat
+            llm quantize, or float ones of a DiT: digits, a .safetensors file, a published .pt.
         out: JSON file for the same numbers.
         overwrite: Replace that file.
 
@@ -163,6 +163,8 @@ def _print_totals(description: ModelDescription, sizes: Sizes) -> None:
         "attention product bits": ", ".join(map(str, sorted(bits))) or "float",
         "zeros among codes": "-" if zeros is None else f"{zeros:.2%}",
     }
+    if not any(layer.per_image for layer in description.layers):
+        del totals["activation bits, adaLN"]
     if mean is None:
         totals["packed size"] = (
             f"{_size(description.packed_bytes)} ({description.bits_per_parameter:.3f} bits per "

@@ -18,10 +18,11 @@ from dit_qat.export.writer import check_target
 from dit_qat.llm.data import calibration_windows, evaluation_windows
 from dit_qat.llm.decoding import decode_
 from dit_qat.llm.evaluation.perplexity import perplexity
+from dit_qat.llm.evaluation.zero_shot import known_tasks, zero_shot
 from dit_qat.llm.gguf import Options, write_gguf
 from dit_qat.llm.hf.folder import save_quantized
 from dit_qat.llm.models import LoadedLLM, load_llm, load_llm_to_quantize
-from dit_qat.llm.models.checks import window_length
+from dit_qat.llm.models.checks import window_length, window_limit
 from dit_qat.llm.quantize import least_bytes, quantize_llm
 from dit_qat.llm.report import LLMReport, write_llm_report
 
@@ -164,9 +165,13 @@ def evaluate(
         out: Folder for metrics.json; by default the numbers are only printed.
 
     Raises:
-        ValueError: for a text that is too short, or a window that is too long.
+        ValueError: for a text that is too short, a window that is too long, or unknown tasks.
         OSError: if a file cannot be read or written.
     """
+    if out is not None:
+        check_place(out / METRICS)
+    if tasks:
+        known_tasks(tasks)  # before what takes long
     loaded = load_llm(model, pick_device(device), getattr(torch, dtype))
     _decode(loaded.model, decoded)
     size = window_length(loaded.model, window)
@@ -176,8 +181,6 @@ def evaluate(
     metrics["perplexity"] = found
     print(f"perplexity {found:.4f} on {text} ({len(ids)} windows of {size} tokens)")
     if tasks:
-        from dit_qat.llm.evaluation.zero_shot import zero_shot
-
         metrics["tasks"] = zero_shot(loaded.model, loaded.tokenizer, tasks)
         for task, values in metrics["tasks"].items():
             print(f"{task}: {', '.join(f'{k} {v:.2f}' for k, v in values.items())}")
@@ -209,15 +212,17 @@ def generate(
             by default where 0.8 of the free memory holds them.
 
     Raises:
-        ValueError: for tokens or a temperature out of range.
+        ValueError: for tokens or a temperature out of range, an empty prompt, or more tokens than
+            the model has positions for.
     """
     if tokens < 1 or temperature < 0:
         raise ValueError(
             f"tokens={tokens}, temperature={temperature}: use at least 1 token, and 0 or more"
         )
     loaded = load_llm(model, pick_device(device), getattr(torch, dtype))
-    _decode(loaded.model, decoded)
     given = loaded.tokenizer(prompt, return_tensors="pt").to(next(loaded.model.parameters()).device)
+    _check_room(given["input_ids"].shape[1], tokens, window_limit(loaded.model))
+    _decode(loaded.model, decoded)
     torch.manual_seed(seed)
     drawing: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
@@ -225,6 +230,16 @@ def generate(
     continuing: Any = loaded.model
     drawn = continuing.generate(**given, max_new_tokens=tokens, **drawing)
     print(loaded.tokenizer.decode(drawn[0], skip_special_tokens=True))
+
+
+def _check_room(given: int, tokens: int, limit: int) -> None:
+    if not given:
+        raise ValueError("--prompt has no tokens, so that there is nothing to continue; give some")
+    if given + tokens > limit:
+        raise ValueError(
+            f"a prompt of {given} tokens and {tokens} more are beyond the {limit} that the model "
+            "has positions for; use fewer --tokens or a shorter --prompt"
+        )
 
 
 def export(
@@ -255,12 +270,7 @@ def export(
             a layer.
         OSError: if the folder is in use or cannot be written.
     """
-    known = out / "config.json" if format == "folder" else out
-    if out.exists() and not (
-        overwrite and known.is_file() and out.resolve() != Path(model).resolve()
-    ):
-        raise FileExistsError(f"{out} exists; choose another place, or add --overwrite")
-    check_place(out)
+    _check_export(model, out, out / "config.json" if format == "folder" else out, overwrite)
     loaded = load_llm(model, dtype=torch.float32)
     if getattr(loaded.model, "hf_quantizer", None) is None:
         raise ValueError(f"{model} is not packed, so that there is nothing to export")
@@ -274,6 +284,17 @@ def export(
         return
     size = _export_folder(loaded, out, getattr(torch, dtype))
     print(f"{out}: {size / 1e6:.2f} MB in {dtype}, every weight as it is decoded")
+
+
+def _check_export(model: str, out: Path, known: Path, overwrite: bool) -> None:
+    """Refuse a place where something is that no earlier export wrote, or the model itself."""
+    if out.exists() and out.resolve() == Path(model).resolve():
+        raise FileExistsError(f"{out} exists; choose another place than the packed model's own")
+    if out.exists() and not known.is_file():
+        raise FileExistsError(f"{out} exists; choose another place, for no export wrote it")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; choose another place, or add --overwrite")
+    check_place(out)
 
 
 def _export_folder(loaded: LoadedLLM, out: Path, dtype: torch.dtype) -> int:

@@ -1,6 +1,7 @@
 import json
 import shutil
 import string
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +114,7 @@ def test_bits_of_a_packed_language_model_are_told(
     told = tmp_path / "told.json"
     assert main(["inspect", "--weights", str(tmp_path / "packed"), "--out", str(told)]) == 0
     shown, found = capsys.readouterr().out, json.loads(told.read_text())
+    assert "adaLN" not in shown
     metrics = json.loads((tmp_path / "packed/metrics.json").read_text())
     layers = {layer["name"]: layer for layer in found["layers"]}
     stored = load_file(tmp_path / "packed/model.safetensors")
@@ -199,6 +201,48 @@ def test_what_cannot_be_is_said_in_a_line(
     assert "Traceback" not in error
 
 
+def test_a_packed_model_is_not_quantized_again(
+    quantize: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize("--method", "rtn") == 0
+    again = ("--method", "rtn", "--model", tmp_path / "packed")
+    for residency in ("all", "block"):
+        assert quantize(*again, "--residency", residency, out=tmp_path / "again") == 2
+        assert "is quantized already" in capsys.readouterr().err
+
+
+def test_nothing_is_measured_that_could_not_be_kept(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("keep")
+    monkeypatch.setattr("dit_qat.cli.llm.load_llm", None)  # nothing calls it
+    judge = ["llm", "evaluate", "--model", str(model)]
+    assert main([*judge, "--out", str(tmp_path / "file/score")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main([*judge, "--tasks", "piqa"]) == 2
+    assert "lm_eval is needed here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "message"),
+    [
+        ("", 4, "--prompt has no tokens"),
+        ("abcd", 29, "4 tokens and 29 more are beyond the 32"),
+        ("abcd", 0, "use at least 1 token"),
+    ],
+)
+def test_texts_that_cannot_be_continued(
+    model: Path, capsys: pytest.CaptureFixture[str], prompt: str, tokens: int, message: str
+) -> None:
+    draw = ["llm", "generate", "--model", str(model), "--prompt", prompt, "--tokens", str(tokens)]
+    assert main(draw) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_float_model_is_not_dequantized(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,9 +258,9 @@ def test_what_is_exported_replaces_nothing_of_worth(
     assert quantize("--method", "rtn") == 0
     before = (packed / "config.json").read_bytes()
     plain = ["llm", "export", "--model", str(packed), "--out"]
-    for out in (packed, tmp_path):  # itself, and a folder of other things
+    for out, told in ((packed, "packed model's own"), (tmp_path, "no export wrote it")):
         assert main([*plain, str(out), "--overwrite"]) == 2
-        assert "exists; choose another place" in capsys.readouterr().err
+        assert told in capsys.readouterr().err
     assert (packed / "config.json").read_bytes() == before
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from dit_qat.calibration.capture import evaluating
 from dit_qat.export.extras import import_extra
 
-__all__ = ["SEVEN_TASKS", "average", "zero_shot"]
+__all__ = ["SEVEN_TASKS", "average", "known_tasks", "zero_shot"]
 
 SEVEN_TASKS = (
     "piqa",
@@ -51,12 +51,9 @@ def zero_shot(
         ValueError: if the harness is not installed, there is no task, or one is unknown
             or has no accuracy.
     """
-    if not tasks:
-        raise ValueError(f"there are no tasks; name some, such as {', '.join(SEVEN_TASKS)}")
+    manager = known_tasks(tasks)
     harness = import_extra("lm_eval", "llm")
     language_model = import_extra("lm_eval.models.huggingface", "llm").HFLM
-    manager = import_extra("lm_eval.tasks", "llm").TaskManager()
-    _check_tasks(tasks, manager)
     with evaluating(model):
         told = harness.simple_evaluate(
             model=language_model(pretrained=model, tokenizer=tokenizer, batch_size=batch),
@@ -86,7 +83,16 @@ def average(results: Mapping[str, Mapping[str, float]], measure: str = "acc") ->
     return sum(found.get(measure, found["acc"]) for found in results.values()) / len(results)
 
 
-def _check_tasks(tasks: Sequence[str], manager: Any) -> None:
+def known_tasks(tasks: Sequence[str]) -> Any:
+    """Make sure that the harness can run tasks; returns its list of all that there are.
+
+    Raises:
+        ValueError: if the harness is not installed, there is no task, or one is unknown.
+    """
+    if not tasks:
+        raise ValueError(f"there are no tasks; name some, such as {', '.join(SEVEN_TASKS)}")
+    import_extra("lm_eval", "llm")  # first, so that it is what a message names
+    manager = import_extra("lm_eval.tasks", "llm").TaskManager()
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise ValueError(
@@ -98,6 +104,7 @@ def _check_tasks(tasks: Sequence[str], manager: Any) -> None:
             f"{', '.join(tags)} are tags of lm-eval, which have no result of their own; name the "
             "tasks, as 'lm-eval ls subtasks' lists them"
         )
+    return manager
 
 
 def _percent(task: str, found: Mapping[str, Any]) -> dict[str, float]:

@@ -102,11 +102,7 @@ def load_llm_by_block(
     """
     _check_device(device)
     folder = locate_model(source, revision)
-    transformers = import_extra("transformers", "llm")
-    with _explained(folder):
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{folder} is quantized already; only float models load by block")
+    transformers, config = import_extra("transformers", "llm"), _float_config(folder)
     with _explained(folder):
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -137,16 +133,30 @@ def load_llm_to_quantize(
     Raises:
         FileNotFoundError: as :func:`load_llm`, as the following.
         OSError: as there.
-        ValueError: as there, for an unknown residency, and by block as :func:`load_llm_by_block`.
+        ValueError: as there, for an unknown residency or a quantized folder, and by block as
+            :func:`load_llm_by_block`.
     """
     if residency not in get_args(Residency):
         raise ValueError(f"residency={residency!r} is unknown; use one of {get_args(Residency)}")
     _check_device(device)
     folder = locate_model(source)
+    _float_config(folder)
     if residency == "all" or (residency == "auto" and _fits(folder, device, dtype, limit_bytes)):
         return load_llm(folder, device, dtype)
     held, tokenizer = load_llm_by_block(folder, device, dtype)
     return LoadedLLM(held.model, tokenizer)
+
+
+def _float_config(folder: Path) -> Any:
+    """The configuration of a model that is not quantized."""
+    auto = import_extra("transformers", "llm").AutoConfig
+    with _explained(folder):
+        config = auto.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{folder} is quantized already; give the float model that it was made from"
+        )
+    return config
 
 
 def _fits(

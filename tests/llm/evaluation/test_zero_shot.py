@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from dit_qat.llm.evaluation import average, zero_shot
+from dit_qat.llm.evaluation import average, known_tasks, zero_shot
 
 
 @pytest.fixture
@@ -63,6 +63,9 @@ def test_refusals(asked: dict[str, Any]) -> None:
         zero_shot(nn.Linear(1, 1), None, ["piqa", "chess"])
     with pytest.raises(ValueError, match="ai2_arc are tags of lm-eval"):
         zero_shot(nn.Linear(1, 1), None, ["piqa", "ai2_arc"])
+    with pytest.raises(ValueError, match="lm-eval knows no chess"):
+        known_tasks(["piqa", "chess"])
+    assert known_tasks(["boolq"]).all_tags == ["ai2_arc"]
     assert not asked
     with pytest.raises(ValueError, match=r"poems has no accuracy \(it measures bleu"):
         zero_shot(nn.Linear(1, 1), None, ["poems"])

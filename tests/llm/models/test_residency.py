@@ -12,7 +12,13 @@ from dit_qat.calibration.capture import record_calls
 from dit_qat.calibration.driver import drive
 from dit_qat.calibration.statistics import Needs
 from dit_qat.calibration.view import BlockView
-from dit_qat.llm.models import BlockResidency, load_llm, load_llm_by_block, roles_of
+from dit_qat.llm.models import (
+    BlockResidency,
+    load_llm,
+    load_llm_by_block,
+    load_llm_to_quantize,
+    roles_of,
+)
 from dit_qat.llm.models.files import StoredTensors
 
 Save = Callable[..., Path]
@@ -237,3 +243,5 @@ def test_quantized_folders_are_refused(save_model: Save) -> None:
     config.write_text(content)
     with pytest.raises(ValueError, match="is quantized already"):
         load_llm_by_block(folder)
+    with pytest.raises(ValueError, match="is quantized already; give the float model"):
+        load_llm_to_quantize(folder, residency="all")
