@@ -306,7 +306,8 @@ def write_report(out: Path) -> None:
             verdicts(presets(), found, allow_equal=True),
         )
     )
-    (out / "table.md").write_text(written)
+    with written_whole(out / "table.md") as temporary:
+        temporary.write_text(written)
     points = [
         Point(name, family, found[name]["effective_bits"], found[name]["perplexity"])
         for family, methods in FAMILIES.items()

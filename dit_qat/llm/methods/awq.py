@@ -28,8 +28,8 @@ class AWQConfig:
 
     Attributes:
         bits: 2, 3, 4 or 8.
-        group_size: Inputs that share a scale, the largest divisor of a width up to this; None: a
-            scale per output.
+        group_size: Inputs that share a scale; it divides every width, or is no less, which is a
+            scale per output, as None is.
         symmetric: Signed codes; otherwise with a zero point.
         ratios: Exponents k / ratios of mean activations that are tried, from 0 on.
         clip: Search the range of groups, too; never of q and k.

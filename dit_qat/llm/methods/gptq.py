@@ -26,8 +26,8 @@ class GPTQConfig:
 
     Attributes:
         bits: 2, 3, 4 or 8.
-        group_size: Inputs that share a scale, the largest divisor of a width up to this; None: a
-            scale per output.
+        group_size: Inputs that share a scale; it divides every width, or is no less, which is a
+            scale per output, as None is.
         symmetric: Signed codes; otherwise with a zero point.
         act_order: Columns of large second moment first: ``static`` with scales of the weight as it
             was, so that groups keep their members and nothing is gathered at inference; ``group``

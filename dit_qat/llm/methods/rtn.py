@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dit_qat.calibration import LinearStatistics, Method, Needs
+from dit_qat.calibration import LinearStatistics, Method, Needs, Run
 from dit_qat.layers.coded_linear import CodedLinear
 from dit_qat.layers.int_linear import IntLinear
 from dit_qat.layers.plane_code import PlaneCode
 from dit_qat.layers.rounding import ClipSearch, Rounded, legal_group, nearest_layer, round_nearest
 from dit_qat.layers.ternary_code import stored_half
-from dit_qat.llm.methods.settings import settled
+from dit_qat.llm.methods.settings import check_groups, settled
 from dit_qat.primitives.integer import IntegerGrid
 
 __all__ = ["RTN", "RTNConfig", "grid_of", "quantize_weight", "sign_code"]
@@ -26,8 +26,8 @@ class RTNConfig:
         bits: 2, 3, 4 or 8; or 1, which is signs times the mean magnitude of a group, the nearest
             of two opposite levels (two codes that reach from the least weight to the greatest
             would have one level at zero).
-        group_size: Inputs that share a scale, the largest divisor of a width up to this; None: a
-            scale per output.
+        group_size: Inputs that share a scale; it divides every width, or is no less, which is a
+            scale per output, as None is.
         symmetric: Signed codes; otherwise with a zero point. One bit has none.
         clip: Search of the range; None: the full one. One bit has no range.
 
@@ -41,7 +41,9 @@ class RTNConfig:
     clip: ClipSearch | None = None
 
     def __post_init__(self) -> None:
-        if self.bits != 1:
+        if self.bits not in (1, 2, 3, 4, 8):
+            raise ValueError(f"bits={self.bits}: RTN is for 1, 2, 3, 4 and 8 bits")
+        if self.bits > 1:
             IntegerGrid(self.bits, self.symmetric, self.group_size)
         elif self.clip is not None:
             raise ValueError("bits=1 has no range to clip; leave clip out")
@@ -85,6 +87,10 @@ class RTN(Method):
     def needs(self) -> Needs:
         """Nothing."""
         return Needs(ranges=False)
+
+    def start(self, run: Run) -> None:
+        """Refuse groups that do not fill a layer."""
+        check_groups(run.target.linears(), self.config.group_size)
 
     def quantize_linear(
         self, name: str, linear: nn.Linear, statistics: LinearStatistics

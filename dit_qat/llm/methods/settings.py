@@ -4,13 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from torch import nn
+
+from dit_qat.primitives.integer import divisors
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["Preset", "check_among", "check_at_least", "overridden", "settled"]
+__all__ = ["Preset", "check_among", "check_at_least", "check_groups", "overridden", "settled"]
 
 Preset = Literal["paper", "exact"]
 """``paper``: as published or released; ``exact``: our corrected or improved form."""
+
+_USUAL_LEAST = 16  # smaller groups store more scales than codes
 
 ConfigT = TypeVar("ConfigT")
 RecipeT = TypeVar("RecipeT", bound="DataclassInstance")
@@ -68,3 +74,19 @@ def check_among(name: str, value: str, known: Sequence[str]) -> None:
     """
     if value not in known:
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
+
+
+def check_groups(linears: Mapping[str, nn.Linear], group_size: int | None) -> None:
+    """Refuse groups that do not fill the inputs of every layer; larger ones are whole rows.
+
+    Raises:
+        ValueError: naming the first layer, and sizes that fill it.
+    """
+    for name, linear in linears.items():
+        width = linear.in_features
+        if group_size is not None and group_size < width and width % group_size:
+            fitting = [size for size in divisors(width) if size >= _USUAL_LEAST]
+            raise ValueError(
+                f"group_size={group_size} does not divide the {width} inputs of {name}; choose one "
+                f"of {', '.join(map(str, fitting)) or width}"
+            )

@@ -2,10 +2,12 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import nn
 
 from dit_qat.calibration import BlockView, LinearStatistics, Method, Run
+from dit_qat.llm.methods.settings import check_groups
 from dit_qat.llm.models.roles import Roles, roles_of
 
 __all__ = ["Linears", "StagedMethod"]
@@ -22,6 +24,8 @@ class StagedMethod(Method):
     """
 
     roles: Roles | None = None
+    even_groups: ClassVar[bool] = True
+    """Whether the groups of its configuration must fill the inputs of every layer."""
 
     @property
     def staged(self) -> bool:
@@ -29,8 +33,10 @@ class StagedMethod(Method):
         return bool(self.config.staged)
 
     def start(self, run: Run) -> None:
-        """Learn which layers feed which; refuse a model of unknown parts."""
+        """Learn which layers feed which; refuse a model of unknown parts, and uneven groups."""
         self.roles = roles_of(run.model)
+        if self.even_groups:
+            check_groups(run.target.linears(), self.config.group_size)
 
     def quantize_block(self, view: BlockView) -> Mapping[str, nn.Module]:
         """Quantize the groups of one block in the order in which they run."""

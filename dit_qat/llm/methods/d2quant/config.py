@@ -48,8 +48,7 @@ class D2QuantConfig:
     Attributes:
         preset: ``paper`` is the release, ``exact`` ours.
         bits: 2 or 3.
-        group_size: Inputs that share a scale, of integer layers the largest divisor of a width up
-            to this.
+        group_size: Inputs that share a scale; it divides every width, or is no less: whole rows.
         dual_scale: The dual-scale quantizer for down_proj (fc2); without it, integers as for the
             other layers.
         iterations: Of its fit.

@@ -27,6 +27,7 @@ class PT2(StagedMethod):
     """
 
     name: ClassVar[str] = "pt2"
+    even_groups: ClassVar[bool] = False  # the last may be short
 
     def __init__(self, config: PT2Config | None = None, **fields: Any) -> None:
         self.config = settled(PT2Config, config, fields)
