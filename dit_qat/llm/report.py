@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from dit_qat.calibration import LayerRow
 from dit_qat.export.files import written_whole
@@ -14,7 +14,6 @@ from dit_qat.report.layers import layer_error_plot, layer_table
 from dit_qat.report.page import bullets, duration, page, paragraph, picture, section, table
 from dit_qat.report.style import (
     COLOURS,
-    FAINT,
     INK,
     LINES,
     SMALL,
@@ -51,71 +50,87 @@ def perplexity_plot(points: Sequence[Point], reference: float | None = None) -> 
 
     Args:
         points: At least one.
-        reference: Perplexity of the float model.
+        reference: Perplexity of the float model. Where all points are above it, heights are the
+            logarithms of what they have more, so that the best stand apart.
 
     Raises:
         ValueError: if there are none.
     """
     if not points:
         raise ValueError("there are no models to draw; quantize at least one")
+    base = 0.0
+    if reference is not None and all(point.perplexity > reference for point in points):
+        base = reference
     figure, axes = new_figure(5.4)
     families = list(dict.fromkeys(point.family for point in points))
     for index, family in enumerate(families):
         own = [point for point in points if point.family == family]
         axes.scatter(
             [point.effective_bits for point in own],
-            [point.perplexity for point in own],
+            [point.perplexity - base for point in own],
             s=22,
             marker=_MARKERS[index % len(_MARKERS)],
             color=COLOURS[index % len(COLOURS)],
             label=family,
             zorder=3,
         )
-    _join(axes, best_for_their_size(points))
-    if reference is not None:
-        axes.axhline(reference, color=FAINT, linewidth=0.8, linestyle=(0, (4, 2)))
-        _name(axes, "float", (axes.get_xlim()[1], reference), FAINT, (0, 3), "bottom")
-    axes.margins(x=0.1)
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    if high < 100 * low:
-        plain_log_ticks(axes)
-    else:
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(color=LINES, linewidth=0.6)
+    front = best_for_their_size(points)
+    _join(axes, front, base)
+    for point in _smallest_and_best(points):
+        if point not in front:
+            _name(axes, point, base, on_the_right=True)
+    _perplexity_axis(axes, base)
+    told = "" if reference is None else f" (float: {reference:.4g})"
     axes.set_xlabel("effective bits per weight: all that is stored", fontsize=TEXT)
-    axes.set_ylabel("perplexity on held-out text", fontsize=TEXT)
+    axes.set_ylabel(f"perplexity on held-out text{told}", fontsize=TEXT)
     axes.legend(frameon=False, fontsize=SMALL, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     return as_png(figure)
 
 
-def _join(axes: Axes, front: Sequence[Point]) -> None:
-    """A line through the best, each with its name."""
-    x, y = [p.effective_bits for p in front], [p.perplexity for p in front]
+def _perplexity_axis(axes: Axes, base: float) -> None:
+    """Logarithmic above the base, and marked with whole perplexities."""
+    axes.margins(x=0.12)
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < 1000 * low:
+        plain_log_ticks(axes)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value + base:.4g}"))
+    else:
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(color=LINES, linewidth=0.6)
+
+
+def _join(axes: Axes, front: Sequence[Point], base: float) -> None:
+    """A line through the best, with names; of neighbours, that of the better one."""
+    x, y = [p.effective_bits for p in front], [p.perplexity - base for p in front]
     axes.plot(x, y, color=INK, linewidth=0.8, zorder=2)
-    for point in front:
-        _name(axes, point.name, (point.effective_bits, point.perplexity), INK, (-4, -4), "top")
+    apart = 0.04 * (max(x) - min(x))
+    for index, point in enumerate(front):
+        if index + 1 == len(front) or x[index + 1] - x[index] > apart:
+            _name(axes, point, base)
 
 
-def _name(
-    axes: Axes,
-    text: str,
-    place: tuple[float, float],
-    colour: str,
-    offset: tuple[float, float],
-    side: str,
-) -> None:
+def _name(axes: Axes, point: Point, base: float, on_the_right: bool = False) -> None:
     axes.annotate(
-        text,
-        place,
-        xytext=offset,
+        point.name,
+        (point.effective_bits, point.perplexity - base),
+        xytext=(5, -4) if on_the_right else (-4, -4),
         textcoords="offset points",
         fontsize=SMALL,
-        color=colour,
-        ha="right",
-        va=side,
+        color=INK,
+        ha="left" if on_the_right else "right",
+        va="top",
     )
+
+
+def _smallest_and_best(points: Sequence[Point]) -> list[Point]:
+    """Of each family, the point of fewest bits and the one of least perplexity."""
+    found = []
+    for family in dict.fromkeys(point.family for point in points):
+        own = [point for point in points if point.family == family]
+        found.append(min(own, key=lambda p: (p.perplexity, p.effective_bits)))
+        found.append(min(own, key=lambda p: (p.effective_bits, p.perplexity)))
+    return list(dict.fromkeys(found))
 
 
 def best_for_their_size(points: Sequence[Point]) -> list[Point]:

@@ -31,6 +31,8 @@ def test_each_family_has_its_colour() -> None:
     for colour, seen in zip(COLOURS, (True, True, False), strict=False):
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(drawn.astype(int) - wanted).sum(-1) < 6).any() == seen
+    # One at the float model's perplexity or below it has no logarithm of what is above.
+    assert len(perplexity_plot([point("a", 1, 9), point("b", 2, 4)], 4.0)) > 10_000
     with pytest.raises(ValueError, match="no models to draw"):
         perplexity_plot([])
 
