@@ -256,9 +256,10 @@ def averaged(cells: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Any]) -> str:
-    """One row per method, by family."""
+    """One row per method, by family; times are ratios to the quickest method's."""
+    least = min(one["seconds"] for one in found.values())
     lines = [
-        "| method | perplexity | by seed | nominal bits | effective bits | kB | seconds |",
+        "| method | perplexity | by seed | nominal bits | effective bits | kB | time |",
         "|---|---|---|---|---|---|---|",
         f"| float (16 bits) | {reference['perplexity']:.3f} | | 16 | 16 | "
         f"{reference['bytes'] / 1e3:.0f} | |",
@@ -272,7 +273,8 @@ def table(found: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Any]) 
             seeds = ", ".join(f"{value:.4g}" for value in one["perplexities"].values())
             lines.append(
                 f"| {name} | {one['perplexity']:.4g} | {seeds} | {one['nominal_bits']:.2f} | "
-                f"{one['effective_bits']:.2f} | {one['bytes'] / 1e3:.0f} | {one['seconds']:.0f} |"
+                f"{one['effective_bits']:.2f} | {one['bytes'] / 1e3:.0f} | "
+                f"{one['seconds'] / least:.1f} |"
             )
     return "\n".join(lines) + "\n"
 

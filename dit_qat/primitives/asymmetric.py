@@ -96,6 +96,12 @@ def p_of_factor(rows: Tensor, R: Tensor) -> Tensor:
     return P
 
 
+def p_of_upper(rows: Tensor, U: Tensor) -> Tensor:
+    """P (B, r) of a block and the columns from it on, with ``H^-1 = U^T U`` of those (r, r)."""
+    P: Tensor = (rows.to(U.dtype) @ U.mT).triu_(1) @ U
+    return P
+
+
 def p_of_inverse(rows: Tensor, U_BB: Tensor, U_BR: Tensor, following: Tensor) -> Tensor:
     """P (B, r) of a block from its rows of U and ``(H_RR)^-1`` of the columns behind it."""
     size = len(U_BB)

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from dit_qat.primitives.asymmetric import Asymmetric, p_of_factor, p_of_inverse
+from dit_qat.primitives.asymmetric import Asymmetric, p_of_factor, p_of_inverse, p_of_upper
 from dit_qat.primitives.column_order import Chooser, Order, bring_forward, permutation_of
 from dit_qat.primitives.damped_cholesky import (
     DOUBLE_WIDTH,
@@ -202,10 +202,10 @@ class _Sweep(NamedTuple):
         return W
 
     def _diagonal(self, W: Tensor, R: Tensor, columns: Tensor) -> Tensor:
-        U = _inverse(R)
+        U = _inverted_(R, self.size)
         for block in _blocks(W.shape[1], self.size):
             factor, rest, target = U[block, block], slice(block.stop, None), W[:, block].clone()
-            P = self._p(R, columns, block, W)
+            P = self._p(U, columns, block, W, p_of_upper)
             Q = self._called(target, columns[block], factor, P)
             error = (self._aim(W[:, block], target, P) - Q) / factor.diagonal().to(W.dtype)
             W[:, rest] -= error @ U[block, rest].to(W.dtype)
@@ -247,12 +247,19 @@ class _Sweep(NamedTuple):
             self._move(W, block, target, Q, P)
         return W[:, columns.argsort()], columns
 
-    def _p(self, R: Tensor, columns: Tensor, block: slice, W: Tensor) -> Tensor | None:
-        """P of a block and the columns from it on, of ``H = R R^T``."""
+    def _p(
+        self,
+        factor: Tensor,
+        columns: Tensor,
+        block: slice,
+        W: Tensor,
+        form: Callable[[Tensor, Tensor], Tensor] = p_of_factor,
+    ) -> Tensor | None:
+        """P of a block and the columns from it on; the factor is what the form takes."""
         if self.asymmetric is None:
             return None
         rows = self.asymmetric.rows(columns[block], columns[block.start :], self.dead)
-        return p_of_factor(rows, R[block.start :, block.start :]).to(W.dtype)
+        return form(rows, factor[block.start :, block.start :]).to(W.dtype)
 
     def _called(self, W: Tensor, columns: Tensor, factor: Tensor, P: Tensor | None) -> Tensor:
         applied = self.asymmetric is not None and self.asymmetric.within
@@ -289,6 +296,15 @@ def _alive(weight: Tensor, dead: Tensor) -> Tensor:
 def _blocks(width: int, size: int) -> Iterator[slice]:
     for start, stop in pairwise([*range(0, width, size), width]):
         yield slice(start, stop)
+
+
+def _inverted_(upper: Tensor, size: int) -> Tensor:
+    """The inverse of a triangular matrix, written over it: nothing here is larger."""
+    for block in _blocks(upper.shape[0], size):
+        before, corner = slice(0, block.start), _inverse(upper[block, block])
+        upper[before, block] = -(upper[before, before] @ upper[before, block]) @ corner
+        upper[block, block] = corner
+    return upper
 
 
 def _inverse(upper: Tensor) -> Tensor:

@@ -90,6 +90,8 @@ def test_panels_make_up_the_dense_p(monkeypatch: pytest.MonkeyPatch, panel: int)
         rows = 0.5 * D[start:stop, start:]
         P = module.p_of_factor(rows, R[start:, start:])
         torch.testing.assert_close(P, dense(H, D, 0.5)[start:stop, start:])
+        U = torch.linalg.inv(R)
+        torch.testing.assert_close(module.p_of_upper(rows, U[start:, start:]), P)
 
 
 @pytest.mark.parametrize("update", ["exact", "diagonal"])
