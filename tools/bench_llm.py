@@ -71,7 +71,7 @@ def solvers() -> dict[str, Callable[[Tensor, SecondMoment], object]]:
     """What quantizes one weight, by name of method and preset."""
     found: dict[str, Callable[[Tensor, SecondMoment], object]] = {
         "gptq": lambda w, h: gptq.quantize_weight(w, h, GPTQConfig()),
-        "gptaq": lambda w, h: gptaq.quantize_weight(w, h, 0.1 * h.matrix, GPTAQConfig()),
+        "gptaq": lambda w, h: gptaq.quantize_weight(w, h, h.matrix, GPTAQConfig(strength=0.02)),
         "slim": lambda w, h: slim.quantize_weight(w, h, SliMConfig(), torch.randn(256, len(w))),
     }
     for preset in ("paper", "exact"):

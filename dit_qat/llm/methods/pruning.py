@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 _HALVINGS = 80
+_ROWS = 256  # sorted at a time: places take two weights of memory
 
 
 class PruningMethod(CodingMethod):
@@ -56,10 +57,11 @@ def keep_highest(score: Tensor, kept: int, of: int) -> Tensor:
 
     Of equal scores the first is dropped first.
     """
-    groups = score.view(len(score), -1, of)
-    lowest = groups.argsort(dim=-1, stable=True)[..., : of - kept]
-    mask = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, lowest, False)
-    return mask.view(score.shape)
+    mask = torch.ones_like(score, dtype=torch.bool)
+    for rows, kept_rows in zip(score.split(_ROWS), mask.split(_ROWS), strict=True):
+        lowest = rows.view(len(rows), -1, of).argsort(dim=-1, stable=True)[..., : of - kept]
+        kept_rows.view(len(rows), -1, of).scatter_(-1, lowest, False)
+    return mask
 
 
 def drop_lowest(score: Tensor, keep: Tensor, of: int) -> Tensor:

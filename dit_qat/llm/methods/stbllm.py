@@ -156,6 +156,7 @@ def quantize_weight(
     matrix = None
     if config.search_on == "ria":
         matrix = (score - score.mean()) / score.std(1, keepdim=True).clamp_min(1e-30)
+    del score
     mask = keep if config.keep_mask == "enforced" else None
     binarizer = Binarizer(recipe, H, mask, matrix)
     pruned = weight.detach() * keep
