@@ -58,7 +58,7 @@ def keep_highest(score: Tensor, kept: int, of: int) -> Tensor:
     Of equal scores the first is dropped first.
     """
     mask = torch.ones_like(score, dtype=torch.bool)
-    for rows, kept_rows in zip(score.split(_ROWS), mask.split(_ROWS), strict=True):
+    for rows, kept_rows in zip(torch.split(score, _ROWS), torch.split(mask, _ROWS), strict=True):
         lowest = rows.view(len(rows), -1, of).argsort(dim=-1, stable=True)[..., : of - kept]
         kept_rows.view(len(rows), -1, of).scatter_(-1, lowest, False)
     return mask
