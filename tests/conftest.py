@@ -16,6 +16,12 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+# torch remembers which constructors a device diverts when one is first entered. transformers puts
+# another linspace in place while it loads; were that the first time, linspace would stay on the CPU
+# for the rest of the process.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 @pytest.fixture(scope="session")
 def make_vae() -> Callable[..., AutoencoderKL]:
