@@ -118,6 +118,8 @@ def test_config_on_latents_starts(
     wanted = int(bits[1]) if bits else None
     if isinstance(model.method, AMPN):
         assert model.method.config.average_bits == wanted
+        # Layers are scored once training at the full rates has had its say.
+        assert model.optimizer_config.warmup_steps <= model.method.config.warmup_steps
         wanted = model.method.config.activation_bits  # of its warm-up
     assert {getattr(m, "config", None) and m.config.activation.bits for m in quantized} == {wanted}
 

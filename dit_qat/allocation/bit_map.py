@@ -125,7 +125,7 @@ class BitMap:
 
 
 def _whole(number: Any) -> int:
-    if not isinstance(number, int) or number < 1:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise ValueError(f"{number!r} is no whole number from 1 up")
     return number
 

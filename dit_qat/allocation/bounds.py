@@ -21,8 +21,8 @@ def bit_bounds(
         choices: Bits that there are to choose from; None: any.
 
     Raises:
-        ValueError: for a glob that matches no layer, with near names, bounds in the wrong order, or
-            such as no choice meets.
+        ValueError: for a glob that matches no layer, with near names, what is no bound, bounds in
+            the wrong order, or such as no choice meets.
 
     Example:
         >>> bit_bounds(("attn.qkv", "mlp.fc2"), {"*": (1, 3), "mlp.*": 2})
@@ -48,7 +48,13 @@ def bit_bounds(
 
 def _both_ends(pattern: str, rule: BoundRule) -> tuple[int, int]:
     # Files hand pairs over as lists.
-    low, high = (rule, rule) if isinstance(rule, int) else tuple(rule)
+    ends = list(rule) if isinstance(rule, Sequence) else [rule, rule]
+    if len(ends) != 2 or not all(isinstance(end, int) for end in ends):
+        raise ValueError(
+            f"bounds: {pattern!r} asks for {rule!r}; give fixed bits, such as 2, or the least and "
+            "the most, such as (2, 4)"
+        )
+    low, high = ends
     if low > high:
         raise ValueError(
             f"bounds: {pattern!r} asks for at least {low} and at most {high} bits; swap the two"

@@ -86,7 +86,8 @@ def _check_shapes(sensitivity: FloatArray, cost: Sequence[float], choices: Seque
             f"the sensitivity has shape {sensitivity.shape}, with {len(cost)} costs and "
             f"{len(choices)} choices; it must have a row per layer and a column per choice"
         )
-    if len(set(choices)) < len(choices) or any(b != int(b) or b < 1 for b in choices):
+    whole = all(float(b).is_integer() and b >= 1 for b in choices)
+    if not choices or not whole or len(set(choices)) < len(choices):
         raise ValueError(f"choices={tuple(choices)} must be whole bits from 1 up, each once")
 
 
@@ -117,11 +118,11 @@ def _require_feasible(problem: Knapsack, average: float) -> None:
         [b for b, value in zip(problem.choices, row, strict=True) if value < np.inf]
         for row in problem.values
     ]
-    least = average_bits([each[0] for each in allowed], problem.units)
     most = average_bits([each[-1] for each in allowed], problem.units)
     used = sum(each[0] * u for each, u in zip(allowed, problem.units, strict=True))
     if used > problem.capacity:
+        least = math.ceil(Fraction(used * 10**6, sum(problem.units))) / 10**6  # it can be asked for
         raise ValueError(
-            f"average={average:g} bits cannot be met: the choices and bounds allow averages from "
-            f"{least:.6g} to {most:.6g}; raise the average, or allow fewer bits"
+            f"average={average:.9g} bits cannot be met: the choices and bounds allow averages from "
+            f"{least:.9g} to {most:.6g}; raise the average, or allow fewer bits"
         )

@@ -5,7 +5,7 @@ sum_l cost_l`` (RobuQ, arXiv:2509.23582, searches by dynamic programming under s
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -55,18 +55,22 @@ def allocate_bits(
 
     Raises:
         ValueError: A budget below what choices and bounds allow, naming the feasible range; shapes
-            that do not fit; values that are not finite; bounds that leave a layer no choice; a
-            table of more than 2 GiB, where one was asked for.
+            that do not fit; values that are not finite; bounds that leave a layer no choice; an
+            unknown solver; a table of more than 2 GiB, where one was asked for.
 
     Example:
         >>> allocate_bits([[9.0, 1.0], [2.0, 1.0]], [1, 1], [1, 2], 1.5).tolist()
         [2, 1]
     """
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver={solver!r} is unknown; use one of {get_args(Solver)}")
     if isinstance(sensitivity, Tensor):
         sensitivity = sensitivity.detach().to("cpu", torch.float64).numpy()
     values = np.asarray(sensitivity, dtype=np.float64)
-    costs: list[float] = (cost if isinstance(cost, Tensor) else np.asarray(cost)).tolist()
-    problem = knapsack(values, costs, [*choices], float(average), bounds or {})
+    costs = cost if isinstance(cost, Tensor) else np.asarray(cost)
+    if costs.ndim != 1:
+        raise ValueError(f"cost has shape {tuple(costs.shape)}; it must hold a number per layer")
+    problem = knapsack(values, costs.tolist(), [*choices], float(average), bounds or {})
     size = len(problem.units) * len(problem.choices) * problem.capacity
     if solver == "table" or (solver == "auto" and size <= _LARGEST_TABLE):
         columns = solve_by_table(problem)

@@ -49,7 +49,7 @@ def demo(
         bits: Activation bits; with --ampn, on average.
         preset: RobuQ as published, or with what measured better.
         ampn: Allocate activation bits by layer after a sixth of the steps (AMPN).
-        compare: Also train the baselines bitnet_v2 and minmax.
+        compare: Also train the baselines bitnet_v2 and minmax; with --ampn, robuq as well.
         seed: Seed of training and sampling.
         steps: Optimizer steps of training.
         samples: Images to score; 1797 is the number of real ones.

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from dit_qat.dit.checkpoint_export import export_checkpoint
+from dit_qat.dit.checkpoint_export import check_exportable, export_checkpoint
 from dit_qat.dit.exporting import Exported, check_target
 from dit_qat.export.layer_entry import Storage
 from dit_qat.layers.linear import BranchDtype
@@ -53,6 +53,8 @@ def export(
         raise ValueError("--pipeline DIR and --vae SOURCE go together: give both, or neither")
     check_target(out, overwrite)
     if pipeline is not None:
+        _check_apart(out, pipeline)
+        check_exportable(checkpoint, weights, bit_map)
         _write_pipeline(checkpoint, pipeline, vae, weights, across_conventions, overwrite)
     exported = export_checkpoint(
         checkpoint,
@@ -65,6 +67,16 @@ def export(
         overwrite=overwrite,
     )
     _say(exported)
+
+
+def _check_apart(out: Path, pipeline: Path) -> None:
+    """Refuse two targets of which one would replace the other."""
+    first, second = out.resolve(), pipeline.resolve()
+    if first == second or first in second.parents or second in first.parents:
+        raise ValueError(
+            f"--out {out} and --pipeline {pipeline} are one inside the other, and each is written "
+            "as a whole; give two folders beside each other"
+        )
 
 
 def _write_pipeline(

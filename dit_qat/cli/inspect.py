@@ -1,5 +1,6 @@
 """``dit-qat inspect``: layers, bits and sizes, and what of it is simulated."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,8 +12,15 @@ from dit_qat.cli.sources import load_source
 from dit_qat.dit.models.packed_source import locate_weights
 from dit_qat.dit.training.loading import read_checkpoint
 from dit_qat.export.files import write_json
-from dit_qat.export.inspect import LayerDescription, ModelDescription, describe
+from dit_qat.export.inspect import (
+    FLOAT_INPUT_BITS,
+    LayerDescription,
+    ModelDescription,
+    describe,
+)
+from dit_qat.export.manifest import CONFIG_FILE, is_packed_folder
 from dit_qat.export.sizes import Disk, Size, Sizes, measure, packed_disk
+from dit_qat.export.tensor_file import open_tensors
 from dit_qat.layers import PackedLinear
 
 __all__ = ["inspect"]
@@ -31,9 +39,11 @@ _FLOAT = "These are float weights: nothing is quantized."
 _HEADINGS = ("layer", "kind", "shape", "W bits", "A bits", "rank", "input", "effective W", "0s")
 _SIZES = ("disk", "resident")
 _NETWORK = "network."  # before the names in a training checkpoint
+_LAST = Path("checkpoints", "last.ckpt")  # in the folder of a run
 
 
 def inspect(
+    source: str | None = None,
     checkpoint: Path | None = None,
     weights: str | None = None,
     out: Path | None = None,
@@ -42,9 +52,11 @@ def inspect(
     """Print per layer and in total what a network stores and computes with.
 
     Args:
+        source: What either of the next two takes, or the folder of a run of dit-qat fit.
         checkpoint: A .ckpt of dit-qat fit, whose EMA weights are described.
         weights: Other weights instead: a packed folder of dit-qat export, dit-qat ptq or dit-qat
-            llm quantize, or float ones of a DiT: digits, a .safetensors file, a published .pt.
+            llm quantize, or float ones: digits, a .safetensors file or a published .pt of a DiT, a
+            folder of transformers with a language model.
         out: JSON file for the same numbers.
         overwrite: Replace that file.
 
@@ -58,6 +70,8 @@ def inspect(
         raise FileExistsError(
             f"{out} exists; choose another --out, or pass --overwrite true to replace it"
         )
+    if source is not None:
+        checkpoint, weights = _told_apart(source, checkpoint, weights)
     network, disk, note = _load(checkpoint, weights)
     description, sizes = describe(network), measure(network, disk)
     note = note if description.quantized_layers else _FLOAT
@@ -70,9 +84,26 @@ def inspect(
         write_json(out, description.as_dict() | measured)
 
 
+def _told_apart(
+    source: str, checkpoint: Path | None, weights: str | None
+) -> tuple[Path | None, str | None]:
+    """A source without an option in front: a training checkpoint, or weights."""
+    if checkpoint is not None or weights is not None:
+        raise ValueError(
+            f"{source} is given besides --checkpoint or --weights; name one source, with or "
+            "without an option"
+        )
+    last = Path(source) / _LAST
+    if last.is_file():
+        return last, None
+    return (Path(source), None) if source.endswith(".ckpt") else (None, source)
+
+
 def _load(checkpoint: Path | None, weights: str | None) -> tuple[nn.Module, Disk, str]:
     """A network, what its files hold, and what is to be said about both."""
     if checkpoint is None and weights is not None:
+        if _is_language_model(Path(weights)):
+            return _float_llm(Path(weights))
         path, packed = locate_weights(weights)
         if packed:  # of any architecture
             network = load_quantized(path)
@@ -82,6 +113,31 @@ def _load(checkpoint: Path | None, weights: str | None) -> tuple[nn.Module, Disk
     if checkpoint is None:
         return source.network, Disk({}, {}), _FLOAT
     return source.network, _checkpoint_disk(checkpoint), _SIMULATED
+
+
+def _is_language_model(folder: Path) -> bool:
+    """Whether a folder is of transformers, and not packed."""
+    path = folder / CONFIG_FILE
+    if not path.is_file() or is_packed_folder(folder):
+        return False
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and "model_type" in content
+
+
+def _float_llm(folder: Path) -> tuple[nn.Module, Disk, str]:
+    from dit_qat.llm.models import load_llm  # transformers, seconds
+
+    network = load_llm(folder, dtype=None).model
+    tensors: dict[str, int] = {}
+    files = sorted(folder.glob("model*.safetensors"))
+    for path in files:
+        with open_tensors(path) as file:
+            tensors |= {name: place.end - place.begin for name, place in file.places.items()}
+    rest = sum(path.stat().st_size for path in files) - sum(tensors.values())
+    return network, Disk(tensors, {"headers of the files of tensors": rest}), _FLOAT
 
 
 def _use_once(network: nn.Module) -> None:
@@ -150,22 +206,25 @@ def _print_totals(description: ModelDescription, sizes: Sizes) -> None:
         "parameters": f"{description.parameters:,}",
         "share that stays float": f"{description.float_parameter_share:.2%}",
         "weight bits, nominal": f"{description.weight_bits:.3f}",
-        "weight bits, effective": f"{description.effective_weight_bits:.3f} "
-        "(codes at log2(3) bits, float32 scales, branches)"
+        "weight bits, effective": f"{description.effective_weight_bits:.3f}{_counted(description)}"
         if mean is None
         else f"{mean[0]:.3f} on disk, {mean[1]:.3f} resident (codes, scales, transforms, branches)",
-        "activation bits": f"{description.average_activation_bits:.3f} "
-        "(by multiply-adds, layers that see every token)",
-        "activation bits, plain": f"{description.mean_activation_bits:.3f} "
-        f"(the mean over those layers{_over_steps(description)})",
-        "activation bits, adaLN": f"{description.per_image_activation_bits:.3f} "
-        "(one token per image)",
+        "activation bits": _averaged(
+            description.average_activation_bits, "by multiply-adds, layers that see every token"
+        ),
+        "activation bits, plain": _averaged(
+            description.mean_activation_bits,
+            f"the mean over those layers{_over_steps(description)}",
+        ),
+        "activation bits, adaLN": _averaged(
+            description.per_image_activation_bits, "one token per image"
+        ),
         "attention product bits": ", ".join(map(str, sorted(bits))) or "float",
         "zeros among codes": "-" if zeros is None else f"{zeros:.2%}",
     }
     if not any(layer.per_image for layer in description.layers):
         del totals["activation bits, adaLN"]
-    if mean is None:
+    if mean is None and description.quantized_layers:
         totals["packed size"] = (
             f"{_size(description.packed_bytes)} ({description.bits_per_parameter:.3f} bits per "
             "parameter)"
@@ -176,6 +235,15 @@ def _print_totals(description: ModelDescription, sizes: Sizes) -> None:
     width = max(map(len, totals))
     for name, value in totals.items():
         print(f"{name:<{width}}  {value}")
+
+
+def _counted(description: ModelDescription) -> str:
+    is_quantized = bool(description.quantized_layers)
+    return " (codes at log2(3) bits, float32 scales, branches)" if is_quantized else ""
+
+
+def _averaged(bits: float, over: str) -> str:
+    return "float" if bits == FLOAT_INPUT_BITS else f"{bits:.3f} ({over})"
 
 
 def _over_steps(description: ModelDescription) -> str:
@@ -203,7 +271,9 @@ def _row(layer: LayerDescription, effective_bits: float) -> tuple[str, ...]:
 
 def _bits(layer: LayerDescription) -> str:
     """Of the input; a mean over timesteps with the mark of one."""
-    return f"{layer.activation_bits:.2f} by step" if layer.policy else str(layer.activation_bits)
+    if layer.activation_bits == FLOAT_INPUT_BITS:
+        return "float"
+    return f"{layer.activation_bits:.2f} by step" if layer.policy else f"{layer.activation_bits:g}"
 
 
 def _transform(layer: LayerDescription) -> str:

@@ -8,6 +8,9 @@ from jsonargparse import ArgumentParser
 
 __all__ = ["run_function", "spell_out"]
 
+_SOURCE = "source"
+_SOURCE_HELP = "What the command is about, instead of an option that names it."
+
 
 def run_function(function: Callable[..., None], program: str, arguments: Sequence[str]) -> None:
     """Parse the arguments of a function, from the command line and YAML, and call it.
@@ -21,10 +24,20 @@ def run_function(function: Callable[..., None], program: str, arguments: Sequenc
         prog=program, description=summary, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--config", action="config", help="Read these options from a YAML file.")
-    parser.add_function_arguments(function)
-    parsed = parser.parse_args(spell_out(arguments, get_type_hints(function)))
+    hints = get_type_hints(function)
+    bare = _takes_bare_source(function)
+    if bare:
+        parser.add_argument(_SOURCE, nargs="?", type=hints[_SOURCE], help=_SOURCE_HELP)
+    parser.add_function_arguments(function, skip={_SOURCE} if bare else None)
+    parsed = parser.parse_args(spell_out(arguments, hints))
     values = vars(parser.instantiate(parsed))
     function(**{name: value for name, value in values.items() if name != "config"})
+
+
+def _takes_bare_source(function: Callable[..., None]) -> bool:
+    """Whether the source may be left out, and so needs no option in front where it is given."""
+    source = inspect.signature(function).parameters.get(_SOURCE)
+    return source is not None and source.default is None
 
 
 def spell_out(arguments: Sequence[str], hints: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +11,15 @@ from dit_qat.dit.exporting import METRICS, Exported, check_target, export_networ
 from dit_qat.dit.methods import AMPN, Method
 from dit_qat.dit.training.bit_maps import read_bit_map
 from dit_qat.dit.training.loading import load_checkpoint, read_checkpoint
+from dit_qat.dit.training.module import DiTTraining
 from dit_qat.export.layer_entry import Storage
+from dit_qat.export.manifest import is_packed_folder
 from dit_qat.layers import QuantLinear
 from dit_qat.layers.linear import BranchDtype
 
-__all__ = ["export_checkpoint"]
+__all__ = ["check_exportable", "export_checkpoint"]
+
+_LAST = Path("checkpoints", "last.ckpt")  # in the folder of a run
 
 
 def export_checkpoint(
@@ -48,21 +51,52 @@ def export_checkpoint(
         OSError: if a file is missing, or the folder is in use or cannot be written.
     """
     check_target(folder, overwrite)
-    content = read_checkpoint(checkpoint)
-    module = load_checkpoint(checkpoint, weights)
-    _check_allocated(module.method, checkpoint)
-    network = module.network
-    if bit_map is not None:
-        _check_bits(network, checkpoint, bit_map)
+    module = check_exportable(checkpoint, weights, bit_map)
     return export_network(
-        network,
+        module.network,
         folder,
-        provenance=_provenance(checkpoint, content, weights),
+        provenance=_provenance(checkpoint, weights),
         storage=storage,
         branch_dtype=branch_dtype,
         float_dtype=float_dtype,
         overwrite=overwrite,
     )
+
+
+def check_exportable(
+    checkpoint: Path, weights: Literal["ema", "current"] = "ema", bit_map: Path | None = None
+) -> DiTTraining:
+    """Load a checkpoint, and refuse what cannot be packed before anything is computed.
+
+    Arguments and errors as for :func:`export_checkpoint`.
+    """
+    _check_file(checkpoint)
+    module = load_checkpoint(checkpoint, weights)
+    _check_allocated(module.method, checkpoint)
+    if not any(isinstance(layer, QuantLinear) for layer in module.network.modules()):
+        raise ValueError(
+            f"{checkpoint} holds a float network: there are no quantized layers to pack; train one "
+            "with a method, or write the float model with dit-qat convert"
+        )
+    if bit_map is not None:
+        _check_bits(module.network, checkpoint, bit_map)
+    return module
+
+
+def _check_file(checkpoint: Path) -> None:
+    """Say of a folder what it is instead, and what to do with it."""
+    if not checkpoint.is_dir():
+        return
+    if is_packed_folder(checkpoint):
+        what = "is packed already (by export, ptq or llm quantize); use it as it is"
+    elif (checkpoint / _LAST).is_file():
+        what = f"is the folder of a run; give {checkpoint / _LAST}"
+    else:
+        what = (
+            "is a folder, and export packs a .ckpt of dit-qat fit; float models are quantized and "
+            "packed by dit-qat ptq (transformers of images) and dit-qat llm quantize"
+        )
+    raise ValueError(f"{checkpoint} {what}")
 
 
 def _check_allocated(method: Method | None, checkpoint: Path) -> None:
@@ -99,10 +133,9 @@ def _check_bits(network: nn.Module, checkpoint: Path, bit_map: Path) -> None:
         )
 
 
-def _provenance(
-    checkpoint: Path, content: Mapping[str, Any], weights: Literal["ema", "current"]
-) -> dict[str, Any]:
+def _provenance(checkpoint: Path, weights: Literal["ema", "current"]) -> dict[str, Any]:
     """Where a packed model came from; names of files only, so that bytes do not depend on paths."""
+    content = read_checkpoint(checkpoint)
     settings, run = content["hyper_parameters"], checkpoint.absolute().parent.parent
     with checkpoint.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,13 +13,13 @@ from dit_qat.dit.convert.difference import Inputs, difference, fixed_inputs, out
 from dit_qat.dit.models import DiT
 from dit_qat.dit.sampling import SamplerConfig, sample_images, to_uint8
 from dit_qat.export.files import check_folder, write_json
-from dit_qat.export.folders import written_folder
+from dit_qat.export.folders import check_place, written_folder
 from dit_qat.export.layer_entry import Storage
 from dit_qat.export.loader import load_quantized
 from dit_qat.export.manifest import CONFIG_FILE, TENSOR_FILE, Manifest
 from dit_qat.export.verify import Agreement, verify_packed
 from dit_qat.export.writer import write_packed
-from dit_qat.layers import QuantLinear
+from dit_qat.layers import LowRank, QuantLinear
 from dit_qat.layers.linear import BranchDtype
 
 __all__ = [
@@ -120,10 +120,11 @@ def export_network(
     """
     check_target(folder, overwrite)
     inputs = fixed_inputs(network)
+    rounds = bool(_other_branches(network, branch_dtype)) or float_dtype != "float32"
     with ExitStack() as restore:
         restore.enter_context(_evaluating(network))
-        expected = outputs(network, inputs)
-        rounds = restore.enter_context(_rounded(network, branch_dtype, float_dtype))
+        expected = outputs(network, inputs) if rounds else None
+        restore.enter_context(_rounded(network, branch_dtype, float_dtype))
         place = restore.enter_context(written_folder(folder))
         manifest = write_packed(
             network,
@@ -134,7 +135,9 @@ def export_network(
             storage=storage,
         )
         agreement = _agreement(network, place / "model", inputs)
-        changed = difference(expected, outputs(network, inputs)).overall if rounds else None
+        changed = None
+        if expected is not None:
+            changed = difference(expected, outputs(network, inputs)).overall
         for path in (place / "model").iterdir():
             path.rename(place / path.name)
         (place / "model").rmdir()
@@ -178,8 +181,10 @@ def check_target(folder: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: if it holds a packed model and that may not go, or anything else.
         NotADirectoryError: if it is a file.
+        OSError: if nothing can be written there.
     """
     check_folder(folder, RESULTS, overwrite, _CURE)
+    check_place(folder)
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = sorted(present - {*RESULTS, _CARD})
     if foreign:
@@ -208,29 +213,35 @@ def _evaluating(network: DiT) -> Iterator[None]:
         network.train(training)
 
 
+def _other_branches(
+    network: DiT, branch_dtype: BranchDtype | None
+) -> list[tuple[QuantLinear, LowRank]]:
+    """Layers, with their branches, whose branch training did not round to this dtype."""
+    if branch_dtype is None:
+        return []
+    layers = [module for module in network.modules() if isinstance(module, QuantLinear)]
+    found = [(layer, layer.config.low_rank) for layer in layers]
+    return [(layer, low) for layer, low in found if low is not None and low.dtype != branch_dtype]
+
+
 @contextmanager
 def _rounded(
     network: DiT, branch_dtype: BranchDtype | None, float_dtype: BranchDtype
-) -> Iterator[bool]:
-    """Have a network compute with what will be stored; yield whether that changes it."""
+) -> Iterator[None]:
+    """Have a network compute with what will be stored."""
     with ExitStack() as restore:
-        changed = False
+        for layer, low_rank in _other_branches(network, branch_dtype):
+            assert branch_dtype is not None
+            restore.callback(setattr, layer, "config", layer.config)
+            rounded = replace(low_rank, dtype=branch_dtype)
+            layer.config = replace(layer.config, low_rank=rounded)
         layers = [module for module in network.modules() if isinstance(module, QuantLinear)]
-        for layer in layers:
-            config, low_rank = layer.config, layer.config.low_rank
-            if branch_dtype is None or low_rank is None or low_rank.dtype == branch_dtype:
-                continue
-            restore.callback(setattr, layer, "config", config)
-            layer.config = replace(config, low_rank=replace(low_rank, dtype=branch_dtype))
-            changed = True
-        if float_dtype != "float32":
-            inside = {id(value) for layer in layers for value in layer.parameters(recurse=False)}
-            for value in network.parameters():
-                if id(value) not in inside:
-                    restore.callback(setattr, value, "data", value.data)
-                    value.data = value.data.to(getattr(torch, float_dtype)).to(value.dtype)
-                    changed = True
-        yield changed
+        inside = {id(value) for layer in layers for value in layer.parameters(recurse=False)}
+        for value in network.parameters() if float_dtype != "float32" else ():
+            if id(value) not in inside:
+                restore.callback(setattr, value, "data", value.data)
+                value.data = value.data.to(getattr(torch, float_dtype)).to(value.dtype)
+        yield
 
 
 def _float_parameters(network: DiT) -> int:

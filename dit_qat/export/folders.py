@@ -1,5 +1,6 @@
 """Folders that are written whole or not at all, and what a full disk is called."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ __all__ = ["check_place", "writing", "written_folder"]
 
 _LOCK = ".lock"
 _MARGIN = 1 << 20  # beside what is asked for: small files and the file system's own
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_place(target: Path, needed: int = 0) -> None:
@@ -65,12 +67,13 @@ def written_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         BlockingIOError: If another process is writing ``target``.
-        OSError: If ``target`` cannot be replaced, for it is a mount point, or cannot be written.
+        OSError: If ``target`` cannot be replaced, for it is a mount point, or cannot be written;
+            of a disk that is full, with the target's name.
     """
     target = target.resolve()
     _refuse_mount(target)
     partial = target.with_name(f".{target.name}.partial")
-    with locked(partial):
+    with locked(partial), _named_if_full(target):
         _put_back(target)
         _clear(partial)
         try:
@@ -97,6 +100,30 @@ def writing(target: Path) -> Iterator[None]:
         raise OSError(
             f"could not write {target} ({error}); free space or choose another place"
         ) from error
+
+
+class _FullError(OSError):
+    """There is no room for a folder."""
+
+    def __init__(self, target: Path, reason: str) -> None:
+        super().__init__(
+            f"could not write {target} ({reason}), and nothing of it was kept; free space or "
+            "choose another place"
+        )
+        self.reason = reason
+
+
+@contextmanager
+def _named_if_full(target: Path) -> Iterator[None]:
+    """Say where a disk is full, by the outermost of nested targets: the system names none."""
+    try:
+        yield
+    except _FullError as error:
+        raise _FullError(target, error.reason) from error
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise _FullError(target, error.strerror or str(error)) from error
 
 
 def _old(target: Path) -> Path:

@@ -15,10 +15,20 @@ from dit_qat.primitives.formats import Ternary
 from dit_qat.primitives.hadamard import Rotation, hadamard_factors
 from dit_qat.primitives.packing import count_ternary
 
-__all__ = ["PER_IMAGE", "LayerDescription", "ModelDescription", "RotationDescription", "describe"]
+__all__ = [
+    "FLOAT_INPUT_BITS",
+    "PER_IMAGE",
+    "LayerDescription",
+    "ModelDescription",
+    "RotationDescription",
+    "describe",
+]
 
 PER_IMAGE = ("*adaLN_modulation*", "*t_embedder*", "*y_embedder*")
 """Layers of a diffusion transformer that see one token per image."""
+
+FLOAT_INPUT_BITS = 16
+"""What counts for an input that stays float: what such layers compute in where they are served."""
 
 _FLOAT_BITS = 32
 
@@ -54,10 +64,11 @@ class LayerDescription:
         side_bits: Of scales, zero points, and vectors of the input's transform, together; of a
             weight's code, all that it stores beyond its nominal bits.
         weight_bits: Nominal bits per weight.
-        activation_bits: Nominal bits of the input, the mean over the timesteps of a policy; 32
-            where it stays float.
+        activation_bits: Nominal bits of the input, the mean over the timesteps of a policy; 16
+            where it stays float, as in the tables of quantization after training.
         rank: Of the float branch; 0: none.
         branch_bits: Of a number of that branch.
+        float_bits: Of a number of what else is no code.
         rotation: Of the input, the first of several; None: none.
         transform: What is done to the input, by kind, in order.
         policy: Whether activation bits depend on the timestep.
@@ -75,9 +86,10 @@ class LayerDescription:
     scales: int = 0
     side_bits: int = 0
     weight_bits: float = _FLOAT_BITS
-    activation_bits: float = _FLOAT_BITS
+    activation_bits: float = FLOAT_INPUT_BITS
     rank: int = 0
     branch_bits: int = _FLOAT_BITS
+    float_bits: int = _FLOAT_BITS
     rotation: RotationDescription | None = None
     transform: tuple[str, ...] = ()
     policy: bool = False
@@ -87,9 +99,9 @@ class LayerDescription:
 
     @property
     def stored_bits(self) -> float:
-        """All bits of the layer: codes, scales and the like, branch, and float32 bias."""
+        """All bits of the layer: codes, scales and the like, branch, and bias."""
         codes, branch = self.parameters - self.float_parameters, self.branch_parameters
-        floats = _FLOAT_BITS * (self.float_parameters - branch)
+        floats = self.float_bits * (self.float_parameters - branch)
         return codes * self.weight_bits + branch * self.branch_bits + self.side_bits + floats
 
     @property
@@ -277,6 +289,8 @@ def _describe_module(name: str, module: nn.Module, per_image: bool) -> LayerDesc
         weights=weight.numel(),
         parameters=count,
         float_parameters=count,
+        weight_bits=8 * weight.element_size(),
+        float_bits=8 * weight.element_size(),
         per_image=per_image,
     )
 
@@ -299,7 +313,7 @@ def _describe_ternary(
         scales=scales,
         side_bits=_FLOAT_BITS * scales,
         weight_bits=Ternary().bits,
-        activation_bits=_FLOAT_BITS if activation is None else activation.bits,
+        activation_bits=FLOAT_INPUT_BITS if activation is None else activation.bits,
         rank=rank,
         branch_bits=_FLOAT_BITS if low_rank is None else 8 * low_rank.torch_dtype.itemsize,
         rotation=_describe_rotation(layer.rotation),
@@ -328,7 +342,7 @@ def _describe_int(name: str, layer: IntLinear, per_image: bool) -> LayerDescript
         scales=layer.scale.numel(),
         side_bits=8 * sum(tensor.nbytes for tensor in side),
         weight_bits=config.grid.bits,
-        activation_bits=_FLOAT_BITS if bits is None else bits,
+        activation_bits=FLOAT_INPUT_BITS if bits is None else bits,
         rank=config.rank,
         branch_bits=8 * getattr(torch, config.branch_dtype).itemsize,
         rotation=_describe_rotation(
@@ -372,7 +386,7 @@ def _mean(
     value: Callable[[LayerDescription], float],
     weight: Callable[[LayerDescription], int],
 ) -> float:
-    """Weighted mean; the bits of a float number where there are no such layers."""
+    """Weighted mean; that of float inputs where there are no such layers."""
     weighted = [(value(layer), weight(layer)) for layer in layers]
     total = sum(share for _, share in weighted)
-    return sum(x * share for x, share in weighted) / total if total else float(_FLOAT_BITS)
+    return sum(x * share for x, share in weighted) / total if total else float(FLOAT_INPUT_BITS)

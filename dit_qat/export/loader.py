@@ -1,5 +1,6 @@
 """Packed folders read back: strictly, one tensor at a time, never as floats."""
 
+import gc
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dit_qat.export.digests import digest_for, digest_of
 from dit_qat.export.entry import owned
 from dit_qat.export.finite import check_finite
 from dit_qat.export.manifest import (
@@ -59,24 +61,46 @@ def load_quantized(folder: Path | str, device: torch.device | str = "cpu") -> nn
             f"{folder} is cut into shards, which transformers reads: load it with "
             "AutoModelForCausalLM.from_pretrained after import dit_qat.llm"
         )
-    with open_tensors(folder / TENSOR_FILE) as file:
+    with open_tensors(folder / TENSOR_FILE) as file, _nothing_collected():
         try:
             check_header(file.metadata, file_header(manifest, digest))
             check_names("the file", file.places, manifest.tensors, "config.json lists")
-            file.fetch()
-            with _loading(file, manifest) as coming:  # the disk and they work during the build
-                model = _built(manifest, file.places)
-                modules = dict(model.named_modules(remove_duplicate=False))
-                for name in file.places:
-                    owner, _, leaf = name.rpartition(".")
-                    tensor = coming.pop(name).result()
-                    if owned(name, manifest.layers) is None:
-                        tensor = _computing(tensor)
-                    _install(modules[owner], leaf, tensor.to(device))
+            file.fetch()  # the disk works during the build
+            model = _built(manifest, file.places)
+            _fill(model, file, manifest, device)
             finished = _finished(model, manifest)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
     return finished.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Keep Python from looking for garbage among thousands of objects that are about to be used.
+
+    One full collection takes longer than building a model.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _fill(
+    model: nn.Module, file: TensorFile, manifest: Manifest, device: torch.device | str
+) -> None:
+    """Put every tensor of a file into its place in a model that has none."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    with _loading(file, manifest) as coming:
+        for name in file.places:
+            owner, _, leaf = name.rpartition(".")
+            tensor = coming.pop(name).result()
+            if owned(name, manifest.layers) is None:
+                tensor = _computing(tensor)
+            _install(modules[owner], leaf, tensor.to(device))
 
 
 def _finished(model: nn.Module, manifest: Manifest) -> nn.Module:
@@ -111,8 +135,7 @@ def _built(manifest: Manifest, places: Mapping[str, Place]) -> nn.Module:
 def _loading(file: TensorFile, manifest: Manifest) -> Iterator[dict[str, Future[Tensor]]]:
     """Read, check and unpack tensors in several threads, which share the processor's cores.
 
-    They begin before anyone knows whether the tensors fit a model; what is wrong with one is raised
-    where it is asked for.
+    What is wrong with a tensor is raised where it is asked for.
     """
     pool = ThreadPoolExecutor(max_workers=min(_MOST_THREADS, _cores()))
     room = _Room()
@@ -171,11 +194,12 @@ def _resident(name: str, file: TensorFile, manifest: Manifest, room: _Room) -> T
     place = owned(name, manifest.layers)
     entry = None if place is None else manifest.layers[place.layer]
     passing = place is not None and entry is not None and entry.is_passing(place.leaf)
-    tensor, digest = file.read(name, room.of(file.places[name]) if passing else None)
-    if digest != manifest.tensors[name].sha256:
+    tensor = file.read(name, room.of(file.places[name]) if passing else None)
+    digest = digest_for(manifest.version)
+    if digest_of(tensor, digest) != manifest.tensors[name].digest:
         raise ValueError(
-            f"the bytes of {name} are not those that were written (their sha256 differs); the file "
-            "is damaged, so copy or export it again"
+            f"the bytes of {name} are not those that were written (their {digest} differs); the "
+            "file is damaged, so copy or export it again"
         )
     try:
         if place is not None and entry is not None:

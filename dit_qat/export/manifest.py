@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_qat.export.coded_entry import CODED_LINEAR, CodedEntry
+from dit_qat.export.digests import digest_for
 from dit_qat.export.entry import ModuleEntry
 from dit_qat.export.int_entry import INT_LINEAR, IntEntry
 from dit_qat.export.layer_entry import LINEAR, LayerEntry
@@ -32,7 +33,7 @@ __all__ = [
 
 FORMAT = "dit_qat.packed"
 QUANT_METHOD = "dit_qat"  # by which transformers finds its quantizer
-VERSIONS = (1, 2, 3)
+VERSIONS = (1, 2, 3, 4)  # that are read; the last one is written
 FIRST_BIASES = 3  # the first version with biases that an architecture does not have
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "model.safetensors"
@@ -52,11 +53,11 @@ _KEYS = {"format", "version", "architecture", "modules", "tensors", "provenance"
 
 
 class TensorEntry(NamedTuple):
-    """A tensor as it is in the file."""
+    """A tensor as it is in the file; which digest it has is the version's to say."""
 
     dtype: str
     shape: tuple[int, ...]
-    sha256: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Manifest:
     tensors: Mapping[str, TensorEntry]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     written_by: Mapping[str, str] = field(default_factory=dict)
-    version: int = 1
+    version: int = VERSIONS[-1]
     embedded: bool = False
 
     @property
@@ -115,6 +116,7 @@ class Manifest:
         }
 
     def _sections(self) -> dict[str, Any]:
+        digest = digest_for(self.version)
         modules = {name: entry.as_json() for name, entry in self.layers.items()}
         for name, bits in self.attention_bits.items():
             modules[name] = {"kind": _ATTENTION, "bits": bits}
@@ -123,8 +125,8 @@ class Manifest:
             "modules": modules,
             "provenance": dict(self.provenance),
             "tensors": {
-                name: entry._asdict() | {"shape": list(entry.shape)}
-                for name, entry in self.tensors.items()
+                name: {"dtype": e.dtype, "shape": list(e.shape), digest: e.digest}
+                for name, e in self.tensors.items()
             },
             "version": self.version,
             "written_by": dict(self.written_by),
@@ -244,6 +246,7 @@ def _from_json(content: Mapping[str, Any]) -> Manifest:
         raise ValueError("architecture has no name and arguments")
     if not isinstance(architecture["arguments"], dict):
         raise ValueError("the architecture's arguments are no JSON object")
+    digest = digest_for(content["version"])
     layers: dict[str, ModuleEntry] = {}
     attention: dict[str, int] = {}
     for name, entry in content["modules"].items():
@@ -259,7 +262,7 @@ def _from_json(content: Mapping[str, Any]) -> Manifest:
         arguments=architecture["arguments"],
         layers=layers,
         attention_bits=attention,
-        tensors={name: _tensor(name, entry) for name, entry in content["tensors"].items()},
+        tensors={name: _tensor(name, entry, digest) for name, entry in content["tensors"].items()},
         provenance=content["provenance"],
         written_by=content["written_by"],
         version=content["version"],
@@ -279,14 +282,14 @@ def _read_module(
         raise ValueError(f"{entry!r} is of none of the kinds {kinds}")
 
 
-def _tensor(name: str, entry: Any) -> TensorEntry:
-    if not isinstance(entry, dict) or entry.keys() != set(TensorEntry._fields):
-        raise ValueError(f"tensor {name!r} has no dtype, shape and sha256")
+def _tensor(name: str, entry: Any, digest: str) -> TensorEntry:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", digest}:
+        raise ValueError(f"tensor {name!r} has no dtype, shape and {digest}")
     shape = entry["shape"]
     sizes = isinstance(shape, list) and all(type(size) is int for size in shape)
-    if not sizes or not isinstance(entry["dtype"], str) or not isinstance(entry["sha256"], str):
+    if not sizes or not isinstance(entry["dtype"], str) or not isinstance(entry[digest], str):
         raise ValueError(f"tensor {name!r} has a damaged entry, {entry!r}")
-    return TensorEntry(entry["dtype"], tuple(shape), entry["sha256"])
+    return TensorEntry(entry["dtype"], tuple(shape), entry[digest])
 
 
 def _rendered(content: Mapping[str, Any], depth: int, indent: str = "") -> str:

@@ -27,7 +27,6 @@ class Architecture:
             does not hold it makes on the CPU.
         describe: From a model to those plain values.
         timestep: From a model to what its forward calls the timestep; None: it has none.
-        version: The first version of the format that has it.
         embeds: Whether ``config.json`` is that of transformers, with the manifest inside, rather
             than the manifest.
         tied: From a model to the names of tensors that are others of it under a second name.
@@ -39,7 +38,6 @@ class Architecture:
     build: Callable[[Mapping[str, Any]], nn.Module]
     describe: Callable[[Any], Mapping[str, Any]]
     timestep: Callable[[Any], str] | None = None
-    version: int = 1
     embeds: bool = False
     tied: Callable[[Any], Collection[str]] = lambda model: ()
     finish: Callable[[Any, Mapping[str, Any]], None] | None = None

@@ -29,6 +29,8 @@ _PARTS = {
 }
 """Of a quantized layer's tensors."""
 
+_QUANTIZED = (PackedLinear, QuantLinear, IntLinear, CodedLinear)
+
 _SIDE = {"scale", "zero", "transform", "low_rank_up", "low_rank_down"}
 _OF_THE_WEIGHT = {"codes", "weight", *_SIDE}
 _DERIVED = {"row_sums", *_SIDE}  # which the float model has not
@@ -189,10 +191,11 @@ def packed_disk(folder: Path) -> Disk:
 
 def _measured(model: nn.Module, disk: Mapping[str, int]) -> Iterator[TensorSize]:
     seen: set[int] = set()
+    mixed = _mixed(model)
     for layer, module in model.named_modules():
         if isinstance(module, InputTransform):
             continue  # counted with the layer, each of which has its own in the file
-        quantized = isinstance(module, PackedLinear | QuantLinear | IntLinear | CodedLinear)
+        quantized = isinstance(module, _QUANTIZED)
         for leaf, inner, tensor in _own_tensors(module):
             name = f"{layer}.{inner}" if layer else inner
             if id(tensor) in seen and name not in disk:
@@ -204,7 +207,7 @@ def _measured(model: nn.Module, disk: Mapping[str, int]) -> Iterator[TensorSize]
             elif leaf == "codes" and isinstance(module, CodedLinear):
                 first = inner == module.code_names[0]  # of several tensors that are one code
                 numbers = module.out_features * module.in_features if first else 0
-            part = _part(layer or leaf, leaf, module if quantized else None)
+            part = _of_layer(layer, leaf, module) if quantized else _of_float(layer or leaf, mixed)
             on_disk = disk.get(name, 0)
             yield TensorSize(layer, leaf, quantized, part, numbers, on_disk, tensor.nbytes)
 
@@ -221,9 +224,22 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
             yield "transform", f"transform.{name}", tensor
 
 
-def _part(layer: str, leaf: str, quantized: nn.Module | None) -> str:
-    if quantized is None:
-        return f"float: {layer.partition('.')[0]}"
+def _mixed(model: nn.Module) -> set[str]:
+    """Modules that hold quantized layers, and what is float beside them."""
+    names = (name.split(".") for name, m in model.named_modules() if isinstance(m, _QUANTIZED))
+    return {".".join(name[:depth]) for name in names for depth in range(1, len(name))}
+
+
+def _of_float(layer: str, mixed: set[str]) -> str:
+    """The outermost module that is all float, the same one of every block together."""
+    words = layer.split(".")
+    depth = 1
+    while depth < len(words) and ".".join(words[:depth]) in mixed:
+        depth += 1
+    return "float: " + ".".join("*" if word.isdecimal() else word for word in words[:depth])
+
+
+def _of_layer(layer: str, leaf: str, quantized: nn.Module) -> str:
     per_image = any(fnmatchcase(layer, glob) for glob in PER_IMAGE)
     part = _PARTS[leaf]
     if leaf == "codes" and isinstance(quantized, IntLinear):

@@ -4,7 +4,6 @@ The safetensors package writes from tensors that all exist, and in memory; here 
 sizes comes first and every tensor goes to its place as soon as it is computed.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors package
 _MOST_DIMENSIONS = 64  # of a torch tensor
+_AHEAD = 2 << 20  # of one hint; Linux cuts long ones to what it reads ahead anyway
 _METADATA = "__metadata__"
 
 
@@ -74,7 +74,7 @@ class TensorWriter:
     ) -> None:
         self._file = file
         self._places = dict(_laid_out(tensors))
-        self.sha256: dict[str, str] = {}
+        self.written: set[str] = set()
         header = self._header(metadata)
         self._start = len(header)
         self.total_bytes = self._start + max((p.end for p in self._places.values()), default=0)
@@ -87,11 +87,11 @@ class TensorWriter:
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         self._file.seek(self._start + place.begin)
         self._file.write(data)
-        self.sha256[name] = hashlib.sha256(data).hexdigest()
+        self.written.add(name)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the header again, with the final metadata."""
-        missing = self._places.keys() - self.sha256.keys()
+        missing = self._places.keys() - self.written
         assert not missing, missing
         header = self._header(metadata)
         assert len(header) == self._start
@@ -135,8 +135,8 @@ class TensorFile:
         self.places = dict(sorted(places.items(), key=lambda item: item[1][2:]))
         _check_coverage(path, self.places, path.stat().st_size - self._start)
 
-    def read(self, name: str, room: Tensor | None = None) -> tuple[Tensor, str]:
-        """A tensor on the CPU and the sha256 of its bytes; safe to call from several threads.
+    def read(self, name: str, room: Tensor | None = None) -> Tensor:
+        """A tensor on the CPU; safe to call from several threads.
 
         Args:
             name: Which one.
@@ -150,22 +150,28 @@ class TensorFile:
         size = place.end - place.begin
         data = torch.empty(size, dtype=torch.uint8) if room is None else room[:size]
         view: memoryview = data.numpy().data
-        with self._lock:
-            self._file.seek(self._start + place.begin)
-            done = 0
-            while done < len(view):
-                count = self._file.readinto(view[done:])
-                if not count:
-                    raise ValueError(f"{self._path}: ends within {name}; copy or export it again")
-                done += count
-        digest = hashlib.sha256(view).hexdigest()
-        return data.view(DTYPES[place.dtype]).view(place.shape), digest
+        done = 0
+        while done < len(view):
+            count = self._read_at(self._start + place.begin + done, view[done:])
+            if not count:
+                raise ValueError(f"{self._path}: ends within {name}; copy or export it again")
+            done += count
+        return data.view(DTYPES[place.dtype]).view(place.shape)
+
+    def _read_at(self, position: int, view: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [view], position)
+        with self._lock:  # where reading moves a position that all threads share
+            self._file.seek(position)
+            return self._file.readinto(view)
 
     def fetch(self) -> None:
         """Have the system bring the whole file into its cache meanwhile, where it knows how to."""
         if hasattr(os, "posix_fadvise"):
+            size = os.fstat(self._file.fileno()).st_size
             with suppress(OSError):  # a hint, which some file systems do not take
-                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+                for begin in range(0, size, _AHEAD):
+                    os.posix_fadvise(self._file.fileno(), begin, _AHEAD, os.POSIX_FADV_WILLNEED)
 
 
 @contextmanager

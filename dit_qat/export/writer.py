@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_qat.export.digests import digest_for, digest_of
 from dit_qat.export.entry import ModuleEntry, owned
 from dit_qat.export.folders import check_place, written_folder
 from dit_qat.export.layer_entry import Storage
 from dit_qat.export.manifest import (
     CONFIG_FILE,
-    FIRST_BIASES,
     TENSOR_FILE,
+    VERSIONS,
     Manifest,
     TensorEntry,
     carried_digest,
@@ -79,9 +80,11 @@ def write_packed(
     with written_folder(target) as partial:
         with (partial / TENSOR_FILE).open("wb") as file:
             writer = TensorWriter(file, plan.tensors, file_header(blank, _NO_DIGEST))
+            digests = {}
             for name, tensor in plan.computed():
                 writer.write(name, tensor)
-            manifest = plan.manifest(writer.sha256, provenance or {})
+                digests[name] = digest_of(tensor, digest_for(VERSIONS[-1]))
+            manifest = plan.manifest(digests, provenance or {})
             text = manifest.as_text().encode()
             writer.finish(file_header(manifest, _digest(manifest, text)))
         (partial / CONFIG_FILE).write_bytes(text)
@@ -114,19 +117,12 @@ class _Plan:
         skeleton = build_skeleton(
             self._architecture.name, self._arguments, self._layers, self._attention_bits
         )
-        biased = add_biases(skeleton, (name for name, _ in model.named_parameters()))
-        self._least = FIRST_BIASES if biased else 1
+        add_biases(skeleton, (name for name, _ in model.named_parameters()))
         check_modules(model, skeleton)
         tied = self._architecture.tied(skeleton)
         self.tensors = stored_tensors(skeleton, self._layers, float_dtype or torch.float32, tied)
         if float_dtype is None:
             self.tensors |= own_dtypes(model, self.tensors, self._layers)
-
-    @property
-    def version(self) -> int:
-        """The least version of the format that holds this model."""
-        versions = (entry.version for entry in self._layers.values())
-        return max(self._least, self._architecture.version, *versions)
 
     @property
     def total_bytes(self) -> int:
@@ -155,7 +151,7 @@ class _Plan:
         for leaf, tensor in PACKERS[type(layer)].tensors(layer, self._options):
             yield f"{name}.{leaf}", tensor
 
-    def manifest(self, sha256: Mapping[str, str], provenance: Mapping[str, Any]) -> Manifest:
+    def manifest(self, digests: Mapping[str, str], provenance: Mapping[str, Any]) -> Manifest:
         """What ``config.json`` says."""
         return Manifest(
             architecture=self._architecture.name,
@@ -163,12 +159,11 @@ class _Plan:
             layers=self._layers,
             attention_bits=self._attention_bits,
             tensors={
-                name: TensorEntry(dtype_name(dtype), shape, sha256.get(name, _NO_DIGEST))
+                name: TensorEntry(dtype_name(dtype), shape, digests.get(name, _NO_DIGEST))
                 for name, (dtype, shape) in self.tensors.items()
             },
             provenance=provenance,
             written_by={"dit_qat": version("dit-qat"), "torch": torch.__version__},
-            version=self.version,
             embedded=self._architecture.embeds,
         )
 

@@ -29,7 +29,6 @@ def register_causal_lm() -> None:
             is_causal_lm,
             _build,
             plain_config,
-            version=3,
             embeds=True,
             tied=tied_names,
             finish=_finish,

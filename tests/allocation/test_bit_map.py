@@ -35,6 +35,9 @@ def test_rules_bound_the_map() -> None:
     [
         ({"*.attn.prj": 2}, r"'\*\.attn\.prj' matches no layer; near names: .*attn\.proj"),
         ({"*": (4, 2)}, "at least 4 and at most 2 bits"),
+        ({"*": (1, 2, 3)}, r"'\*' asks for \(1, 2, 3\); give fixed bits, such as 2, or"),
+        ({"*": 2.5}, r"'\*' asks for 2\.5; give fixed bits"),
+        ({"*": "23"}, r"'\*' asks for '23'; give fixed bits"),
         (
             {"*.mlp.*": (5, 8)},
             r"'\*\.mlp\.\*' asks for 5 to 8 bits, but the choices are 1, 2, 3, 4",
@@ -85,6 +88,7 @@ def test_anything_else_is_refused(content, message: str) -> None:
     [
         ({"bits": 2.7}, r"2\.7 is no whole number"),
         ({"bits": "2"}, "'2' is no whole number"),
+        ({"bits": True}, "True is no whole number"),
         ({"cost": 0}, "0 is no whole number from 1 up"),
         (
             {"bits": 8},

@@ -161,6 +161,17 @@ def test_choices_may_come_in_any_order() -> None:
     assert one.dtype == torch.int64
 
 
+def test_the_least_average_that_is_named_can_be_asked_for() -> None:
+    given = {"sensitivity": [[3.0, 2.0, 1.0]] * 2, "cost": [1, 335], "choices": (1, 2, 4)}
+    bounds = {1: (2, 2)}  # 671/336 = 1.9970238...
+    with pytest.raises(ValueError, match=r"averages from 1\.997024 to ") as refused:
+        allocate_bits(**given, average=1.99702, bounds=bounds)
+    assert "average=1.99702 bits" in str(refused.value)
+    assert allocate_bits(**given, average=1.997024, bounds=bounds).tolist() == [1, 2]
+    with pytest.raises(ValueError, match=r"average=1\.9999999 bits .* from 2 to"):
+        allocate_bits(**given, average=1.9999999, bounds={0: (2, 2), 1: (2, 2)})
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -172,6 +183,11 @@ def test_choices_may_come_in_any_order() -> None:
         ({"sensitivity": [[1.0, 1.0], [1.0, 1.0]]}, r"shape \(2, 2\), with 2 costs and 3 choices"),
         ({"cost": [1, 0]}, r"cost=\(1, 0\) must be positive"),
         ({"choices": (1, 2, 2)}, r"choices=\(1, 2, 2\) must be whole bits"),
+        ({"choices": (1, 2, float("inf"))}, r"choices=\(1, 2, inf\) must be whole bits"),
+        ({"choices": (), "sensitivity": [[], []]}, r"choices=\(\) must be whole bits"),
+        ({"cost": [[3], [1]]}, r"cost has shape \(2, 1\); it must hold a number per layer"),
+        ({"cost": 3}, r"cost has shape \(\)"),
+        ({"solver": "greedy"}, r"solver='greedy' is unknown; use one of .*'milp'"),
         ({"average": float("nan")}, "average=nan is no budget"),
     ],
 )

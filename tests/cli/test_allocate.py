@@ -70,7 +70,7 @@ def test_the_same_checkpoint_gives_the_same_map(tmp_path: Path, checkpoint: Path
         (("--average_bits", 1.2, "--bounds", '{"*": 2}'), "averages from 2 to 2"),
         (("--bounds", '{"*.atn.*": 2}'), "'*.atn.*' matches no layer; near names: blocks.0.attn"),
         (("--choices", 1, 12), "choices=(1, 12)"),
-        (("--timesteps", 0), "must be at least 1"),
+        (("--timesteps", 0), "score_timesteps=0 must be a whole number, at least 1"),
         (("--timesteps", 1001), "score_timesteps=1001 is beyond"),
         (("--bounds", '{"*": [5, 8]}'), "'*' asks for 5 to 8 bits, but the choices are 1, 2, 3, 4"),
         (("--reference", "digits", "--data", "nowhere"), "nowhere"),

@@ -15,6 +15,7 @@ from dit_qat.dit.training import DiTTraining
 from dit_qat.dit.training.specs import spec_of
 from dit_qat.export import read_manifest
 from dit_qat.export.files import write_json
+from dit_qat.llm.models import shipped_model
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_weights_of_the_optimizer_and_16_bits(packed, checkpoint, tmp_path, caps
     assert manifest.layers["blocks.0.attn.qkv"].storage == "ternary_2"
     assert manifest.tensors["blocks.0.attn.qkv.low_rank_up"].dtype == "BF16"
     name = "final_layer.linear.weight"
-    assert manifest.tensors[name].sha256 != read_manifest(packed).tensors[name].sha256
+    assert manifest.tensors[name].digest != read_manifest(packed).tensors[name].digest
 
 
 def test_an_allocation_must_be_that_of_the_training(checkpoint, bit_map, tmp_path, refused):
@@ -138,6 +139,30 @@ def test_what_cannot_be_exported(checkpoint, float_run, packed, tmp_path, refuse
     (tmp_path / "config.yaml").mkdir()
     assert "no checkpoint" in refused("export", "--checkpoint", tmp_path / "x.ckpt", "--out", out)
     assert not out.exists()
+
+
+def test_folders_are_told_what_they_are(quantized_run, packed, tmp_path, refused):
+    out = ("--out", tmp_path / "m")
+    assert "is packed already" in refused("export", "--checkpoint", packed, *out)
+    run = refused("export", "--checkpoint", quantized_run, *out)
+    assert str(quantized_run / "checkpoints" / "last.ckpt") in run
+    llm = refused("export", "--checkpoint", shipped_model(), *out)
+    assert "dit-qat llm quantize" in llm
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_pipeline_is_not_written_for_what_will_be_refused(
+    checkpoint, bit_map, tmp_path, make_vae, refused
+):
+    make_vae(scaling_factor=0.2).save_pretrained(tmp_path / "vae")
+    command = ["export", "--checkpoint", checkpoint, "--vae", tmp_path / "vae"]
+    for out, pipeline in (("m", "m"), ("m", "m/p"), ("p/m", "p")):
+        targets = ("--out", tmp_path / out, "--pipeline", tmp_path / pipeline)
+        assert "one inside the other" in refused(*command, *targets)
+    other = ("--out", tmp_path / "m", "--bit_map", bit_map([2, 3, 3, 3]))
+    message = refused(*command, *other, "--pipeline", tmp_path / "p")
+    assert "1 of 4 layers have other bits" in message
+    assert not (tmp_path / "p").exists()
 
 
 def test_metrics_that_are_damaged_are_named(quantized_run, tmp_path, refused):

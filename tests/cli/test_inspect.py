@@ -10,6 +10,7 @@ from dit_qat.dit.models import DiT
 from dit_qat.dit.training.loading import load_checkpoint
 from dit_qat.export import describe, write_packed
 from dit_qat.layers import InputTransform, IntLinear, Rotate, StepBits, TokenQuantizer
+from dit_qat.llm.models import shipped_model
 from dit_qat.primitives.hadamard import Rotation
 from dit_qat.primitives.integer import IntegerGrid, round_to_nearest
 
@@ -39,6 +40,33 @@ def test_float_weights(capsys):
     printed = capsys.readouterr().out
     assert "nothing is quantized" in printed
     assert "simulated" not in printed
+
+
+def test_a_source_needs_no_option(quantized_run, tmp_path, capsys, refused):
+    out, printed = tmp_path / "inspect.json", []
+    for source in (quantized_run, quantized_run / "checkpoints" / "last.ckpt"):
+        assert main(["inspect", "--out", str(out), "--overwrite", "true", str(source)]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "fake-quantized" in printed[0]
+    assert main(["inspect", "digits"]) == 0
+    assert "float" in capsys.readouterr().out
+    assert "name one source" in refused("inspect", "digits", "--weights", "digits")
+    assert "no checkpoint" in refused("inspect", tmp_path / "x.ckpt")
+
+
+def test_a_float_language_model(tmp_path, capsys):
+    out = tmp_path / "inspect.json"
+    assert main(["inspect", str(shipped_model()), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing is quantized" in printed
+    assert "packed size" not in printed
+    content = json.loads(out.read_text())
+    files = sum(path.stat().st_size for path in shipped_model().glob("*.safetensors"))
+    assert content["measured"]["disk_bytes"] == files
+    assert content["weight_bits"] == 8 * content["measured"]["resident_bytes"] // sum(
+        layer["numbers"] for layer in content["measured"]["layers"].values()
+    )
 
 
 def test_existing_files_stay(refused, tmp_path):

@@ -149,6 +149,15 @@ def test_a_disk_without_room_leaves_nothing(network, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_that_cannot_be_written_is_found_before_anything_runs(
+    network, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(exporting, "fixed_inputs", lambda network: pytest.fail("it ran"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot be written, for nothing can be made in"):
+        export_network(network, tmp_path / "file" / "packed")
+
+
 def test_a_float_network_is_refused(make_dit, tmp_path):
     with pytest.raises(ValueError, match="no quantized layers to pack"):
         export_network(make_dit(), tmp_path / "packed")

@@ -176,3 +176,29 @@ def resigned() -> Callable[[Path, Callable[[dict[str, Any]], None]], None]:
         tensors.write_bytes(tensors.read_bytes().replace(old.encode(), new.encode(), 1))
 
     return resign
+
+
+@pytest.fixture(scope="session")
+def as_version(
+    resigned: Callable[[Path, Callable[[dict[str, Any]], None]], None],
+) -> Callable[[Path, int], None]:
+    """Make a folder of version 4 one of an earlier version, which had sha256 digests."""
+
+    def rewrite(folder: Path, version: int) -> None:
+        path = folder / "model.safetensors"
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+
+        def change(content: dict[str, Any]) -> None:
+            content["version"] = version
+            for name, entry in content["tensors"].items():
+                del entry["xxh3_128"]
+                begin, end = header[name]["data_offsets"]
+                entry["sha256"] = hashlib.sha256(data[start + begin : start + end]).hexdigest()
+
+        resigned(folder, change)
+        written = path.read_bytes()
+        path.write_bytes(written.replace(b'"version":"4"', f'"version":"{version}"'.encode(), 1))
+
+    return rewrite

@@ -1,6 +1,7 @@
 """Layers whose weight is a code, in a folder of a model of ours."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dit_qat import load_quantized
@@ -91,7 +94,7 @@ def test_a_model_comes_back_bit_for_bit(
     model: DiT, inputs: tuple[Tensor, ...], tmp_path: Path
 ) -> None:
     manifest = write_packed(model, tmp_path / "m")
-    assert (manifest.version, manifest.embedded) == (3, False)
+    assert (manifest.version, manifest.embedded) == (4, False)
     packed = load_quantized(tmp_path / "m")
     agreement = verify_packed(model, packed, inputs)
     assert agreement.output == 0
@@ -153,3 +156,49 @@ def test_values_that_are_no_code_are_not_written(model: DiT, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=rf"layer '{FC1}': order is no permutation"):
         write_packed(model, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+ODD = st.sampled_from([None, True, -1, 0, 3, 1 << 40, 1 << 63, 0.5, "x", [], [1], {}, "U8", "F16"])
+
+
+def places(content: Any) -> list[tuple[Any, Any]]:
+    """Container and key of every value, however deep."""
+    keys = content if isinstance(content, dict) else range(len(content))
+    found = [(content, key) for key in keys]
+    inner = [content[key] for key in keys if isinstance(content[key], dict | list)]
+    return found + [place for value in inner for place in places(value)]
+
+
+@given(data=st.data())
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_damage_and_forgery_are_no_crash_and_no_other_model(
+    model: DiT,
+    inputs: tuple[Tensor, ...],
+    resigned: Callable[[Path, Callable[[dict[str, Any]], None]], None],
+    tmp_path: Path,
+    data: st.DataObject,
+) -> None:
+    shutil.rmtree(tmp_path / "m", ignore_errors=True)
+    write_packed(model, tmp_path / "m")
+    forged = data.draw(st.booleans())
+
+    def forge(content: dict[str, Any]) -> None:
+        found = places(content["modules"])
+        holder, key = found[data.draw(st.integers(0, len(found) - 1))]
+        holder[key] = data.draw(ODD)
+
+    if forged:
+        resigned(tmp_path / "m", forge)
+    else:
+        path = tmp_path / "m" / data.draw(st.sampled_from(["config.json", "model.safetensors"]))
+        damaged = bytearray(path.read_bytes())
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(damaged)
+    try:
+        output = load_quantized(tmp_path / "m")(*inputs)
+    except (ValueError, OSError) as error:
+        assert str(error)  # noqa: PT017
+    else:
+        assert forged or torch.equal(output, model(*inputs))

@@ -1,4 +1,6 @@
+import errno
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,16 @@ def test_two_writers_of_one_folder(tmp_path):
     done.set()
     other.join()
     assert contents(tmp_path) == {"out/a.txt": "first"}
+
+
+def test_a_full_disk_is_named_by_the_outermost_target(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"could not write \S*/out \(No space left.*free space"),
+        written_folder(tmp_path / "out") as place,
+        written_folder(place / "inner"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", [SafetensorError, RuntimeError])

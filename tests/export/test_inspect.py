@@ -115,7 +115,7 @@ def test_layers_that_see_one_token_per_image_count_apart():
 
 def test_unquantized_activations_count_as_floats():
     model = quantize_(two_layers(), [Rule("fc1", LayerConfig(activation=None))])
-    assert describe(model).average_activation_bits == 32.0
+    assert describe(model).average_activation_bits == 16.0
 
 
 def integers(policy=None) -> nn.Module:
@@ -185,10 +185,13 @@ def test_attention_products():
 
 def test_float_model():
     described = describe(two_layers())
-    assert described.effective_weight_bits == described.average_activation_bits == 32.0
+    assert (described.effective_weight_bits, described.average_activation_bits) == (32, 16)
     assert described.float_parameter_share == 1.0
     assert described.zero_fraction is None
     assert described.packed_bytes == 4 * described.parameters
+    half = describe(two_layers().bfloat16())
+    assert half.effective_weight_bits == half.weight_bits == 16
+    assert half.packed_bytes == 2 * half.parameters
 
 
 def test_describing_changes_nothing():

@@ -1,11 +1,10 @@
-"""Folders of version 2: models of integer layers, alone and beside ternary ones."""
+"""Folders of models of integer layers, alone and beside ternary ones."""
 
 import json
 import pickle
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dit_qat import load_quantized
 from dit_qat.dit.models import DiT
 from dit_qat.dit.sampling import SamplerConfig, sample_images
 from dit_qat.export import read_manifest, verify_packed, write_packed
+from dit_qat.export.digests import digest_of
 from dit_qat.layers import IntLinear, PackedLinear, TokenQuantizer, timestep_scope
 from dit_qat.primitives.integer import IntegerGrid, Scales, pack_codes
 
@@ -87,15 +87,11 @@ def test_the_timestep_chooses_the_bits(int_model: DiT, int_folder: Path, inputs:
     assert model.forward_with_cfg(*both, cfg_scale=2.0).isfinite().all()
 
 
-def test_kinds_mix_and_ternary_ones_alone_stay_version_1(
-    quantized: DiT, int_model: DiT, packed_folder: Path, tmp_path: Path, inputs: Inputs
-) -> None:
+def test_kinds_mix(quantized: DiT, int_model: DiT, tmp_path: Path, inputs: Inputs) -> None:
     model = deepcopy(int_model)
     for name in ("blocks.1.attn", "blocks.1.mlp.fc1", "blocks.0.adaLN_modulation.1"):
         model.set_submodule(name, deepcopy(quantized.get_submodule(name)))
     manifest = write_packed(model, tmp_path / "m")
-    assert manifest.version == read_manifest(tmp_path / "m").version == 2
-    assert read_manifest(packed_folder).version == 1
     assert manifest.attention_bits == {"blocks.1.attn": 8}
     assert manifest.activation_bits["blocks.1.mlp.fc1"] == 3
     assert manifest.activation_bits[FC1] == 4.2
@@ -208,8 +204,8 @@ def test_wrong_values_with_right_hashes_are_refused(
     """A writer with a defect: what it wrote is what it hashed."""
     folder = shutil.copytree(int_folder, tmp_path / "m")
     tensors = rewrite(folder, lambda own: own[name].view(-1)[5].fill_(value))
-    digest = sha256(tensors[name].view(torch.uint8).numpy().tobytes()).hexdigest()
-    resigned(folder, lambda c: c["tensors"][name].update(sha256=digest))
+    digest = digest_of(tensors[name], "xxh3_128")
+    resigned(folder, lambda c: c["tensors"][name].update(xxh3_128=digest))
     with pytest.raises(ValueError, match=message):
         load_quantized(folder)
 
@@ -221,7 +217,6 @@ def of_module(name: str, **values: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("forge", "message"),
     [
-        (lambda c: c.update(version=1), "version 1 has no modules of version 2"),
         (of_module(FC1, kind="ternary_linear"), "weight is None"),
         (of_module(FC1, grid={"bits": 8, "symmetric": True, "group_size": None}), "codes is U8 of"),
         (of_module(FC1, grid={"bits": 4, "symmetric": False, "group_size": None}), "lacks .*zero"),
@@ -246,12 +241,12 @@ def test_a_forged_config_builds_no_other_model(
         load_quantized(folder)
 
 
-def test_header_and_config_have_one_version(
-    packed_folder: Path, tmp_path: Path, resigned: Resign
+def test_version_1_has_no_such_layers(
+    int_folder: Path, tmp_path: Path, as_version: Callable[[Path, int], None]
 ) -> None:
-    folder = shutil.copytree(packed_folder, tmp_path / "m")
-    resigned(folder, lambda content: content.update(version=2))
-    with pytest.raises(ValueError, match=r"has version '1', and config\.json 2"):
+    folder = shutil.copytree(int_folder, tmp_path / "m")
+    as_version(folder, 1)
+    with pytest.raises(ValueError, match="version 1 has no modules of version 2"):
         load_quantized(folder)
 
 

@@ -1,9 +1,9 @@
 """Loading packed folders: the same model, strictly, whatever was done to the bytes."""
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dit_qat import LayerConfig, Rule, load_quantized, quantize_
 from dit_qat.dit.models import DiT
 from dit_qat.export import is_packed_folder, read_manifest, register_architecture, write_packed
+from dit_qat.export.digests import digest_of
 from dit_qat.export.registry import _BY_NAME
 from dit_qat.layers import PackedLinear, QuantLinear
 
@@ -91,9 +92,9 @@ def change(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"version": 1', '"version": 4', "version is 4, and this dit_qat reads 1, 2 and 3"),
-        ('"version": 1', '"version": 2', "config.json is not the one that was written"),
-        ('"version": 1', '"version": true', "version is True"),
+        ('"version": 4', '"version": 5', "version is 5, and this dit_qat reads 1, 2, 3 and 4"),
+        ('"version": 4', '"version": 3', "tensor 'blocks.* has no dtype, shape and sha256"),
+        ('"version": 4', '"version": true', "version is True"),
         ('"bits":3', '"bits":2', "config.json is not the one that was written"),
         ('"steps": 0', '"steps": 1', "config.json is not the one that was written"),
         ('"kind":"ternary_linear"', '"kind":"nvfp4"', "module 'blocks.*nvfp4.* is of none"),
@@ -142,7 +143,7 @@ FC1, ATTN = "blocks.0.mlp.fc1", "blocks.0.attn"
         (of_module(FC1, color="red"), "color is 'red'"),
         (lambda c: c["tensors"].pop("pos_embed"), "the file holds pos_embed"),
         (lambda c: c["tensors"]["pos_embed"].update(shape=[2]), "different exports"),
-        (lambda c: c["tensors"]["pos_embed"].update(sha256="0"), "the bytes of pos_embed"),
+        (lambda c: c["tensors"]["pos_embed"].update(xxh3_128="0"), "the bytes of pos_embed"),
         (lambda c: c.pop("provenance"), "it has the keys"),
         (lambda c: c.update(tensors=[]), "tensors is no JSON object"),
     ],
@@ -217,10 +218,50 @@ def test_wrong_values_with_right_hashes_are_refused(
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     tensors[name].view(-1)[5] = value
     rewrite(tmp_path / "m", lambda own: own.update(tensors))
-    digest = sha256(tensors[name].view(torch.uint8).numpy().tobytes()).hexdigest()
-    resigned(tmp_path / "m", lambda c: c["tensors"][name].update(sha256=digest))
+    digest = digest_of(tensors[name], "xxh3_128")
+    resigned(tmp_path / "m", lambda c: c["tensors"][name].update(xxh3_128=digest))
     with pytest.raises(ValueError, match=message):
         load_quantized(tmp_path / "m")
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_folders_of_earlier_versions_are_read_as_strictly(
+    packed_folder: Path,
+    tmp_path: Path,
+    inputs: Inputs,
+    as_version: Callable[[Path, int], None],
+    version: int,
+) -> None:
+    folder = shutil.copytree(packed_folder, tmp_path / "m")
+    as_version(folder, version)
+    assert torch.equal(load_quantized(folder)(*inputs), load_quantized(packed_folder)(*inputs))
+    rewrite(folder, lambda own: own["pos_embed"].mul_(2))
+    with pytest.raises(ValueError, match=r"the bytes of pos_embed .*their sha256 differs"):
+        load_quantized(folder)
+
+
+def test_header_and_config_have_one_version(
+    packed_folder: Path,
+    tmp_path: Path,
+    as_version: Callable[[Path, int], None],
+    resigned: Resign,
+) -> None:
+    folder = shutil.copytree(packed_folder, tmp_path / "m")
+    as_version(folder, 1)
+    resigned(folder, lambda content: content.update(version=2))
+    with pytest.raises(ValueError, match=r"has version '1', and config\.json 2"):
+        load_quantized(folder)
+
+
+def test_garbage_is_collected_again_after_loading(packed_folder: Path, tmp_path: Path) -> None:
+    assert gc.isenabled()
+    load_quantized(packed_folder)
+    assert gc.isenabled()
+    folder = shutil.copytree(packed_folder, tmp_path / "m")
+    rewrite(folder, lambda own: own["pos_embed"].mul_(2))
+    with pytest.raises(ValueError, match="the bytes of pos_embed"):
+        load_quantized(folder)
+    assert gc.isenabled()
 
 
 def must_fail_or_agree(folder: Path, reference: Tensor, inputs: Inputs) -> None:

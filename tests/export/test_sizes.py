@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,14 @@ def test_storage_and_branches_are_seen(quantized: DiT, tmp_path: Path) -> None:
     assert branch == Size(branch.numbers, 2 * branch.numbers, 2 * branch.numbers)
     codes = large.by_part["ternary codes"]
     assert codes.disk == codes.resident == codes.numbers / 4
+
+
+def test_what_stays_float_beside_quantized_layers_is_told_apart(make_int: Any) -> None:
+    model = make_int()
+    parts = {name for name in measure(model, NOTHING).by_part if name.startswith("float: ")}
+    assert {"float: x_embedder", "float: final_layer", "float: pos_embed"} <= parts
+    assert "float: blocks.*.adaLN_modulation" in parts
+    assert not any(name.startswith(("float: blocks.0", "float: t_embedder.")) for name in parts)
 
 
 def test_dictionary_is_plain(packed_folder: Path) -> None:

@@ -64,8 +64,19 @@ def test_a_changed_layer_is_named(
 def test_nan_is_a_difference(quantized: DiT, packed_folder: Path, inputs: Inputs) -> None:
     packed = load_quantized(packed_folder)
     packed.get_parameter("pos_embed").fill_(torch.nan)
-    with pytest.raises(ValueError, match="output differs by nan"):
+    with pytest.raises(ValueError, match="output differs by inf"):
         verify_packed(quantized, packed, inputs).check()
+
+
+def test_nan_in_a_layer_is_not_lost_among_numbers(
+    quantized: DiT, packed_folder: Path, inputs: Inputs
+) -> None:
+    packed = load_quantized(packed_folder)
+    packed.get_buffer("blocks.1.mlp.fc1.bias").fill_(torch.nan)
+    found = verify_packed(quantized, packed, inputs)
+    assert found.layers["blocks.1.mlp.fc1"] == max(0.0, found.output) == float("inf")
+    with pytest.raises(ValueError, match=r"'blocks\.1\.mlp\.fc1' differs"):
+        found.check()
 
 
 def test_integer_layers_agree_bit_for_bit(int_model: DiT, int_folder: Path, inputs: Inputs) -> None:

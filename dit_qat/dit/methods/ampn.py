@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 from dit_qat.allocation import BoundRule
@@ -45,7 +46,7 @@ class AMPNConfig(RobuQConfig):
     score_images: int = 32
     score_timesteps: int = 8
     bounds: dict[str, BoundRule] = field(default_factory=dict)
-    bit_map: dict[str, int] | str | None = None
+    bit_map: dict[str, int] | str | Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,12 +62,10 @@ class AMPNConfig(RobuQConfig):
                 f"average_bits={self.average_bits} is outside {min(choices)}..{max(choices)}, what "
                 "the choices allow"
             )
-        counts = (self.warmup_steps, self.score_images, self.score_timesteps)
-        if min(counts) < 1:
-            raise ValueError(
-                "warmup_steps, score_images and score_timesteps must be at least 1, not "
-                f"{', '.join(map(str, counts))}"
-            )
+        for name in ("warmup_steps", "score_images", "score_timesteps"):
+            count = getattr(self, name)
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name}={count} must be a whole number, at least 1")
         if self.score_timesteps > _MOST_TIMESTEPS:
             raise ValueError(
                 f"score_timesteps={self.score_timesteps} is beyond the {_MOST_TIMESTEPS} of the "
@@ -76,6 +75,8 @@ class AMPNConfig(RobuQConfig):
             raise ValueError(f"score={self.score!r} is unknown; use one of {get_args(Score)}")
         if not self.activation_bits:
             object.__setattr__(self, "activation_bits", max(choices))
+        if isinstance(self.bit_map, Path):  # checkpoints hold plain types
+            object.__setattr__(self, "bit_map", str(self.bit_map))
 
 
 class AMPN(RobuQ):
@@ -96,7 +97,7 @@ class AMPN(RobuQ):
         if config is not None and kwargs:
             raise ValueError(f"give AMPN either a config or fields of it, not both: {kwargs}")
         self._config: AMPNConfig = AMPNConfig(**kwargs) if config is None else config
-        self.quant_config()  # refuses bad settings now
+        self.without_file().quant_config()  # refuses bad settings now
 
     @property
     def config(self) -> AMPNConfig:
@@ -113,8 +114,24 @@ class AMPN(RobuQ):
         """The same method with its bit map frozen."""
         return AMPN(replace(self.config, bit_map=dict(bits)))
 
+    def without_file(self) -> "AMPN":
+        """Itself, or, where its bit map is a file that nobody has read, the method without one."""
+        if not isinstance(self.config.bit_map, str):
+            return self
+        return AMPN(replace(self.config, bit_map=None))
+
     def quant_config(self) -> QuantConfig:
-        """RobuQ's rules, and one more for each layer of the bit map."""
+        """RobuQ's rules, and one more for each layer of the bit map.
+
+        Raises:
+            ValueError: if the bit map is a file: a method opens none.
+        """
+        if isinstance(self.config.bit_map, str):
+            raise ValueError(
+                f"bit_map={self.config.bit_map!r} names a file, which a training run reads; here "
+                "give the bits: with_bits(read_bit_map(path).by_layer), of "
+                "dit_qat.dit.training.bit_maps"
+            )
         base = super().quant_config()
         block = self._block()
         own = [

@@ -26,7 +26,7 @@ _DEPTHS = ("layers", "blocks", "depth")  # in the names of what is built that ma
 def register_diffusers() -> None:
     """Let packed folders hold transformers of diffusers, of any of its classes."""
     register_family(
-        Architecture(ARCHITECTURE, _has, _build, _describe, _timestep, version=2),
+        Architecture(ARCHITECTURE, _has, _build, _describe, _timestep),
     )
 
 

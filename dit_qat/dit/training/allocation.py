@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -41,7 +41,12 @@ class BitAllocation(pl.Callback):
     and ``bit_map.png``. Images and noise are functions of the run's seed. Processes deal the
     layers out. Rows are kept on disk as they are found, and ``Checkpoints`` write one when the
     warm-up is over, so that a run killed meanwhile goes on with these rows.
+
+    Attributes:
+        allocates_bits: What ``DiTTraining`` looks for, AMPN being nothing without it.
     """
+
+    allocates_bits: ClassVar[bool] = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse, before any work, what could not be allocated.

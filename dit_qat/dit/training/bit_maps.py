@@ -62,8 +62,8 @@ def settled(
         and not any(fnmatchcase(name, pattern) for pattern in float_layers)
     }
     bits, source = method.config.bit_map, "method.bit_map"
-    if isinstance(bits, str):
-        source = bits
+    if not isinstance(bits, dict):
+        source = str(bits)
         read = read_bit_map(Path(bits))
         bits = read.by_layer
         _check_sizes(dict(zip(read.layers, read.costs, strict=True)), sizes, source)
@@ -88,10 +88,19 @@ def set_bits_(network: nn.Module, bits: Mapping[str, int]) -> None:
     """Give quantized layers their activation bits, by module name.
 
     A layer's quantizer is a frozen value of its configuration, so this touches no tensor.
+
+    Raises:
+        ValueError: for bits of a layer that the network does not have, or does not quantize.
     """
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, QuantLinear)}
+    foreign = [n for n in bits if n not in layers or layers[n].config.activation is None]
+    if foreign:
+        raise ValueError(
+            "these are the bits of another model: this network quantizes no activations in "
+            f"{_listed(foreign)}; build it as the one that they were allocated for"
+        )
     for name, b in bits.items():
-        layer = network.get_submodule(name)
-        assert isinstance(layer, QuantLinear)
+        layer = layers[name]
         assert layer.config.activation is not None
         layer.config = replace(layer.config, activation=replace(layer.config.activation, bits=b))
 

@@ -137,10 +137,27 @@ class DiTTraining(pl.LightningModule):
             self.change_method(self.method.with_bits(bits))
 
     def on_fit_start(self) -> None:
-        """Load the teacher, outside the registered modules: checkpoints and EMA do not see it."""
+        """Load the teacher, outside the registered modules: checkpoints and EMA do not see it.
+
+        Raises:
+            ValueError: for AMPN without a bit map, where no callback allocates one.
+        """
+        self._check_allocated()
         if self.distillation and self.float_weights is not None and not self._teacher:
             teacher = load_dit(self.float_weights).eval().requires_grad_(False)
             self._teacher = (teacher.to(self.device),)
+
+    def _check_allocated(self) -> None:
+        """Refuse to train a whole run at the bits of a warm-up."""
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not isinstance(self.method, AMPN) or self.method.bits is not None:
+            return
+        if not any(getattr(callback, "allocates_bits", False) for callback in callbacks):
+            raise ValueError(
+                f"AMPN has no bits yet, and none of the trainer's callbacks allocates them after "
+                f"the warm-up of {self.method.config.warmup_steps} steps; add "
+                "dit_qat.dit.training.BitAllocation(), or give the method a bit_map"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make other random draws (dropout of a custom network) depend on the step as well."""
@@ -303,5 +320,6 @@ class DiTTraining(pl.LightningModule):
 
 
 def _rules(method: Method, float_layers: list[str]) -> QuantConfig:
-    config = method.quant_config()
+    # Where a file of bits was not read, a checkpoint is to bring them.
+    config = (method.without_file() if isinstance(method, AMPN) else method).quant_config()
     return replace(config, rules=(*config.rules, *(Rule(pattern) for pattern in float_layers)))

@@ -11,8 +11,6 @@ from dit_qat.llm.packed import ARCHITECTURE
 
 __all__ = ["attach", "attach_fresh"]
 
-_VERSION = 3  # the first that transformers can read
-
 
 def attach(model: Any, carried: Mapping[str, Any]) -> None:
     """Give a model with packed layers the quantizer with which ``save_pretrained`` works.
@@ -38,7 +36,5 @@ def attach_fresh(model: Any, provenance: Mapping[str, Any] | None = None) -> Non
         provenance: Plain values: source, method, calibration.
     """
     written_by = {"dit_qat": version("dit-qat"), "torch": torch.__version__}
-    manifest = Manifest(
-        ARCHITECTURE, {}, {}, {}, {}, provenance or {}, written_by, _VERSION, embedded=True
-    )
+    manifest = Manifest(ARCHITECTURE, {}, {}, {}, {}, provenance or {}, written_by, embedded=True)
     attach(model, manifest.carried())

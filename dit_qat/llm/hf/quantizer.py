@@ -3,7 +3,6 @@
 Only what loads with transformers imports this module.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from dit_qat.export.digests import digest_for, digest_of
 from dit_qat.export.entry import owned
 from dit_qat.export.loader import check_header
 from dit_qat.export.manifest import (
     QUANT_METHOD,
+    VERSIONS,
     Manifest,
     TensorEntry,
     carried_digest,
@@ -86,7 +87,7 @@ class PackedQuantizer(HfQuantizer):
         for name, entry in manifest.layers.items():
             layer = model.get_submodule(name)
             try:
-                _check_digests(name, layer, manifest.tensors)
+                _check_digests(name, layer, manifest)
                 entry.check(layer)
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from error
@@ -114,7 +115,6 @@ class PackedQuantizer(HfQuantizer):
             {name: _entry(tensor) for name, tensor in state.items() if name not in tied},
             old.provenance,
             old.written_by,
-            old.version,
             embedded=True,
         )
         carried = manifest.carried()
@@ -151,22 +151,19 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _entry(tensor: Tensor) -> TensorEntry:
-    return TensorEntry(dtype_name(tensor.dtype), tuple(tensor.shape), _sha256(tensor))
+    digest = digest_of(tensor, digest_for(VERSIONS[-1]))
+    return TensorEntry(dtype_name(tensor.dtype), tuple(tensor.shape), digest)
 
 
-def _sha256(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
-
-
-def _check_digests(name: str, layer: nn.Module, tensors: Mapping[str, TensorEntry]) -> None:
+def _check_digests(name: str, layer: nn.Module, manifest: Manifest) -> None:
     """Compare what is in memory now with what was written; a tensor that never came differs."""
+    digest = digest_for(manifest.version)
     for leaf, tensor in layer.named_buffers():
-        stored = tensors.get(f"{name}.{leaf}")
-        if stored is None or _sha256(tensor) != stored.sha256:
+        stored = manifest.tensors.get(f"{name}.{leaf}")
+        if stored is None or digest_of(tensor, digest) != stored.digest:
             raise ValueError(
-                f"{leaf} is not what was written (its sha256 differs, or it is missing); the files "
-                "are damaged, so copy or export them again"
+                f"{leaf} is not what was written (its {digest} differs, or it is missing); the "
+                "files are damaged, so copy or export them again"
             )
 
 

@@ -1,6 +1,7 @@
 """The methods as settings: presets, baselines, and what they refuse."""
 
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,13 +109,25 @@ def test_ampn_is_robuq_until_it_has_a_bit_map() -> None:
         ({"score": "hessian"}, "score='hessian' is unknown"),
         ({"score_timesteps": 1001}, "score_timesteps=1001 is beyond the 1000"),
         ({"choices": ()}, "must be whole"),
-        ({"warmup_steps": 0}, "must be at least 1, not 0, "),
+        ({"warmup_steps": 0}, "warmup_steps=0 must be a whole number, at least 1"),
+        ({"score_images": 2.5}, r"score_images=2\.5 must be a whole number"),
         ({"activation_bits": 9}, "bits=9 is outside"),
     ],
 )
 def test_ampn_refuses_what_could_not_be_allocated(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AMPN(**settings)
+
+
+def test_the_bits_of_a_file_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "bit_map.json"
+    ampn = AMPN(rank=2, bit_map=path)
+    assert ampn.config.bit_map == str(path)  # plain, for checkpoints
+    with pytest.raises(ValueError, match=r"bit_map\.json' names a file.*with_bits"):
+        ampn.quant_config()
+    assert ampn.without_file().quant_config() == AMPN(rank=2).quant_config()
+    with pytest.raises(ValueError, match="bits=9 is outside"):
+        AMPN(activation_bits=9, bit_map=str(path))
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1])

@@ -263,6 +263,45 @@ def test_a_bit_map_of_a_wider_model_is_refused(tmp_path: Path, make_module: Make
         make_module(AMPN(**SHORT, bit_map=str(tmp_path / "no.json")))
 
 
+def test_without_the_callback_no_run_stays_at_the_bits_of_its_warm_up(
+    tmp_path: Path, make_module: Make, fit: Fit
+) -> None:
+    alone: list[pl.Callback] = [EMA(0.9), Checkpoints(1)]
+    with pytest.raises(ValueError, match=r"AMPN has no bits yet.*add .*BitAllocation\(\), or"):
+        fit(make_module(AMPN(**SHORT)), tmp_path / "none", 4, alone)
+    assert not (tmp_path / "none" / "checkpoints").exists()
+    fit(make_module(AMPN(**SHORT)), tmp_path / "run", 4, callbacks())
+    bits = read_bit_map(tmp_path / "run" / "bit_map.json").by_layer
+    last = str(last_checkpoint(tmp_path / "run"))
+    resumed = make_module(AMPN(**SHORT), fresh_start=False)
+    fit(resumed, tmp_path / "run", 5, [EMA(0.9), Checkpoints(1)], ckpt_path=last)
+    assert bits_of(resumed.network) == bits
+    fit(make_module(AMPN(**SHORT, bit_map=bits)), tmp_path / "given", 1, [EMA(0.9)])
+
+
+def test_a_checkpoint_brings_the_bits_of_a_file_that_is_gone(
+    tmp_path: Path, make_module: Make, fit: Fit
+) -> None:
+    fit(make_module(AMPN(**SHORT)), tmp_path, 4, callbacks())
+    path = tmp_path / "bit_map.json"
+    bits = read_bit_map(path).by_layer
+    path.unlink()
+    resumed = make_module(AMPN(**SHORT, bit_map=path), fresh_start=False)
+    fit(resumed, tmp_path, 5, callbacks(), ckpt_path=str(last_checkpoint(tmp_path)))
+    assert bits_of(resumed.network) == bits
+
+
+def test_the_bits_of_a_deeper_network_are_not_taken_over(make_module: Make) -> None:
+    module = make_module(AMPN(**SHORT))
+    saved = {"method": {"init_args": {"bit_map": dict.fromkeys(names(2), 2)}}}
+    message = (
+        r"bits of another model: this network quantizes no activations in blocks\.1\.attn\.qkv"
+    )
+    with pytest.raises(ValueError, match=message):
+        module.on_load_checkpoint({"hyper_parameters": saved})
+    assert set(bits_of(module.network).values()) == {3}
+
+
 class Plain(pl.LightningDataModule):
     def train_dataloader(self) -> list[Any]:
         return [(torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))] * 9

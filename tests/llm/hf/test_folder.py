@@ -196,7 +196,7 @@ def test_the_manifest_tells_what_is_there(
     saved = save_quantized(quantized(), tmp_path / "m", windows, provenance={"text": "random"})
     found = read_manifest(tmp_path / "m")
     assert found == saved.manifest
-    assert (found.architecture, found.version, found.embedded) == ("causal_lm", 3, True)
+    assert (found.architecture, found.version, found.embedded) == ("causal_lm", 4, True)
     assert found.provenance["method"] == "signs"
     assert found.provenance["text"] == "random"
     assert found.arguments["model_type"] == "llama"
