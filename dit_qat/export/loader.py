@@ -3,8 +3,9 @@
 import gc
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -36,6 +37,7 @@ from dit_qat.layers import follow_timesteps_
 __all__ = ["check_header", "load_quantized"]
 
 _MOST_THREADS = 4
+_RUN = 4 << 20  # bytes
 _INDEX = f"{TENSOR_FILE}.index.json"  # of transformers, beside shards
 
 
@@ -65,8 +67,9 @@ def load_quantized(folder: Path | str, device: torch.device | str = "cpu") -> nn
         try:
             check_header(file.metadata, file_header(manifest, digest))
             check_names("the file", file.places, manifest.tensors, "config.json lists")
-            file.fetch()  # the disk works during the build
-            model = _built(manifest, file.places)
+            with ThreadPoolExecutor(1) as disk:  # which works during the build
+                disk.submit(file.fetch)
+                model = _built(manifest, file.places)
             _fill(model, file, manifest, device)
             finished = _finished(model, manifest)
         except ValueError as error:
@@ -94,13 +97,10 @@ def _fill(
 ) -> None:
     """Put every tensor of a file into its place in a model that has none."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    with _loading(file, manifest) as coming:
-        for name in file.places:
-            owner, _, leaf = name.rpartition(".")
-            tensor = coming.pop(name).result()
-            if owned(name, manifest.layers) is None:
-                tensor = _computing(tensor)
-            _install(modules[owner], leaf, tensor.to(device))
+    for name, tensor in _loading(file, manifest):
+        owner, _, leaf = name.rpartition(".")
+        own = tensor if owned(name, manifest.layers) else _computing(tensor)
+        _install(modules[owner], leaf, own.to(device))
 
 
 def _finished(model: nn.Module, manifest: Manifest) -> nn.Module:
@@ -131,18 +131,46 @@ def _built(manifest: Manifest, places: Mapping[str, Place]) -> nn.Module:
     return model
 
 
-@contextmanager
-def _loading(file: TensorFile, manifest: Manifest) -> Iterator[dict[str, Future[Tensor]]]:
-    """Read, check and unpack tensors in several threads, which share the processor's cores.
+def _loading(file: TensorFile, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+    """Read, check and unpack all tensors in several threads, which share the processor's cores.
 
-    What is wrong with a tensor is raised where it is asked for.
+    They come in the order of the file; what is wrong with one is raised instead of it.
     """
-    pool = ThreadPoolExecutor(max_workers=min(_MOST_THREADS, _cores()))
     room = _Room()
-    try:
-        yield {name: pool.submit(_resident, name, file, manifest, room) for name in file.places}
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(min(_MOST_THREADS, _cores())) as pool:
+        coming = deque(
+            pool.submit(_resident, run, file, manifest, room) for run in _runs(file, manifest)
+        )
+        try:
+            while coming:
+                yield from coming.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _runs(file: TensorFile, manifest: Manifest) -> Iterator[list[str]]:
+    """What a thread takes at a time: one tensor that takes another form, or several others.
+
+    A few megabytes of small ones, for threads take turns at the Python in between.
+    """
+    run: list[str] = []
+    for name, place in file.places.items():
+        passes = _passes(name, manifest)
+        if run and (passes or place.end - file.places[run[0]].begin > _RUN):
+            yield run
+            run = []
+        run.append(name)
+        if passes:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def _passes(name: str, manifest: Manifest) -> bool:
+    """Whether a tensor takes another form in memory."""
+    place = owned(name, manifest.layers)
+    return place is not None and manifest.layers[place.layer].is_passing(place.leaf)
 
 
 def _cores() -> int:
@@ -189,21 +217,29 @@ class _Room(threading.local):
         return self._bytes
 
 
-def _resident(name: str, file: TensorFile, manifest: Manifest, room: _Room) -> Tensor:
-    """A tensor as it is in memory; what takes another form there passes through ``room``."""
-    place = owned(name, manifest.layers)
-    entry = None if place is None else manifest.layers[place.layer]
-    passing = place is not None and entry is not None and entry.is_passing(place.leaf)
-    tensor = file.read(name, room.of(file.places[name]) if passing else None)
+def _resident(
+    run: Sequence[str], file: TensorFile, manifest: Manifest, room: _Room
+) -> list[tuple[str, Tensor]]:
+    """Tensors as they are in memory; what takes another form there passes through ``room``."""
+    first = run[0]
+    if _passes(first, manifest):
+        stored = {first: file.read(first, room.of(file.places[first]))}
+    else:
+        stored = file.read_run(run)
+    return [(name, _checked(name, tensor, manifest)) for name, tensor in stored.items()]
+
+
+def _checked(name: str, tensor: Tensor, manifest: Manifest) -> Tensor:
     digest = digest_for(manifest.version)
     if digest_of(tensor, digest) != manifest.tensors[name].digest:
         raise ValueError(
             f"the bytes of {name} are not those that were written (their {digest} differs); the "
             "file is damaged, so copy or export it again"
         )
+    place = owned(name, manifest.layers)
     try:
-        if place is not None and entry is not None:
-            return entry.resident(place.leaf, tensor)
+        if place is not None:
+            return manifest.layers[place.layer].resident(place.leaf, tensor)
         if tensor.is_floating_point():
             check_finite(tensor)
         return tensor
@@ -217,8 +253,11 @@ def _computing(tensor: Tensor) -> Tensor:
 
 
 def _install(module: nn.Module, leaf: str, tensor: Tensor) -> None:
-    is_parameter = isinstance(getattr(module, leaf), nn.Parameter)
-    setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+    """Fill what a module has registered, without the questions that setting an attribute asks."""
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
 
 
 def _check_complete(model: nn.Module, manifest: Manifest) -> None:

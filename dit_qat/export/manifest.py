@@ -15,6 +15,7 @@ from dit_qat.export.layer_entry import LINEAR, LayerEntry
 from dit_qat.layers import AttentionConfig
 
 __all__ = [
+    "CARRIER",
     "CONFIG_FILE",
     "DIGEST_KEY",
     "FIRST_BIASES",
@@ -25,6 +26,7 @@ __all__ = [
     "Manifest",
     "TensorEntry",
     "carried_digest",
+    "check_arguments",
     "file_header",
     "is_packed_folder",
     "manifest_of",
@@ -38,11 +40,14 @@ FIRST_BIASES = 3  # the first version with biases that an architecture does not 
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "model.safetensors"
 
-_CARRIER = "quantization_config"  # the part of transformers' config.json that holds a manifest
+CARRIER = "quantization_config"  # the part of transformers' config.json that holds a manifest
 DIGEST_KEY = "config_sha256"
 
 _EMBEDDED = "manifest_sha256"
 _FIRST_EMBEDDED = 3
+_FIRST_COVERED = 4  # the first version whose digest covers the rest of transformers' config.json
+_ARGUMENTS = "arguments_sha256"
+_NOT_COVERED = (CARRIER, "transformers_version", "_name_or_path")
 _ATTENTION = "attention"
 _LINEARS: dict[str, Callable[[Mapping[str, Any]], ModuleEntry]] = {
     LINEAR: LayerEntry.from_json,
@@ -102,18 +107,21 @@ class Manifest:
             ValueError: for arguments or provenance that are no plain, finite values.
         """
         if self.embedded:
-            content = {**self.arguments, _CARRIER: self.carried()}
+            content = {**self.arguments, CARRIER: self.carried()}
             return _rendered(content, depth=3) + "\n"
         architecture = {"name": self.architecture, "arguments": dict(self.arguments)}
         return _rendered({**self._sections(), "architecture": architecture}, depth=2) + "\n"
 
     def carried(self) -> dict[str, Any]:
         """What a ``config.json`` of transformers says about quantization."""
-        return {
+        carried = {
             **self._sections(),
             "architecture": self.architecture,
             "quant_method": QUANT_METHOD,
         }
+        if self.version >= _FIRST_COVERED:
+            carried[_ARGUMENTS] = _digest_of_arguments(self.arguments)
+        return carried
 
     def _sections(self) -> dict[str, Any]:
         digest = digest_for(self.version)
@@ -152,6 +160,28 @@ def carried_digest(carried: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _digest_of_arguments(arguments: Mapping[str, Any]) -> str:
+    return carried_digest({k: v for k, v in arguments.items() if k not in _NOT_COVERED})
+
+
+def check_arguments(carried: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse a ``config.json`` of transformers whose own part is not the one that was written.
+
+    Args:
+        carried: What is embedded there.
+        arguments: All else; what else is there may be missing.
+
+    Raises:
+        ValueError: if a setting of the model was damaged or changed.
+    """
+    if carried.get(_ARGUMENTS) not in (None, _digest_of_arguments(arguments)):
+        raise ValueError(
+            "config.json is not the one that was written: what it says outside quantization_config "
+            "was damaged or changed (its sha256 differs); copy the whole folder again, or load the "
+            "one that was written and save it with another setting"
+        )
+
+
 def is_packed_folder(path: Path) -> bool:
     """Whether a folder says that it is packed, whatever its version or state."""
     try:
@@ -164,7 +194,7 @@ def is_packed_folder(path: Path) -> bool:
 def _says_packed(content: object) -> bool:
     if not isinstance(content, dict):
         return False
-    carried = content.get(_CARRIER)
+    carried = content.get(CARRIER)
     return content.get("format") == FORMAT or (
         isinstance(carried, dict) and carried.get("quant_method") == QUANT_METHOD
     )
@@ -194,8 +224,10 @@ def read_manifest_and_digest(folder: Path) -> tuple[Manifest, str]:
     try:
         if content.get("format") == FORMAT:
             return manifest_of(content), hashlib.sha256(data).hexdigest()
-        carried = content.pop(_CARRIER)
-        return manifest_of(carried, content), carried_digest(carried)
+        carried = content.pop(CARRIER)
+        manifest = manifest_of(carried, content)
+        check_arguments(carried, content)
+        return manifest, carried_digest(carried)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -220,7 +252,11 @@ def manifest_of(content: Mapping[str, Any], arguments: Mapping[str, Any] | None 
         )
     if arguments is None:
         return _from_json(content)
-    inner = {key: value for key, value in content.items() if key != "quant_method"}
+    covered = (_ARGUMENTS,) if version >= _FIRST_COVERED else ()
+    if not all(isinstance(content.get(key), str) for key in covered):
+        raise ValueError(f"version {version} has {_ARGUMENTS}, and there is none")
+    added = ("quant_method", *covered)
+    inner = {key: value for key, value in content.items() if key not in added}
     named = {"name": content.get("architecture"), "arguments": dict(arguments)}
     manifest = _from_json({**inner, "architecture": named})
     if content.get("quant_method") != QUANT_METHOD or version < _FIRST_EMBEDDED:

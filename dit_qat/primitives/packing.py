@@ -40,7 +40,8 @@ __all__ = [
     "unpack_ternary",
 ]
 
-_CACHED = 256 << 10  # bytes that stay in the caches, with a few temporaries of their size
+_AT_ONCE = 1 << 20  # bytes that fit the caches with a few temporaries; a loader's threads take
+# turns between numpy's calls, which therefore must not be short
 _CHUNK = 1 << 19  # bytes or codes whose temporaries, about tenfold, exist at a time
 
 
@@ -151,7 +152,7 @@ def base3_to_ternary(packed: Tensor, count: int) -> Tensor:
     _check_width(packed, width)
     rows = packed.reshape(-1, width).cpu()
     out = torch.empty(rows.shape[0], out_width, dtype=torch.uint8)
-    step = max(1, _CACHED // max(width, 1))
+    step = max(1, _AT_ONCE // max(width, 1))
     fifths = torch.empty(min(step, len(rows)), -(-width // 4) * 4, dtype=torch.uint8)
     fifths[:, width:] = 0
     for start in range(0, rows.shape[0], step):
@@ -166,18 +167,13 @@ def _convert_base3(rows: Tensor, out: Tensor, room: Tensor) -> None:
     each are ``q[0] + q[1] + 4 q[2] + 16 q[3] - 192 q[4]``; modulo 256, -192 is 64.
     """
     (count, width), x, fields, fifths = rows.shape, rows.numpy(), out.numpy(), room.numpy()
-    q1 = x // 3
-    q2 = q1 // 3
-    q3 = q2 // 3
-    fours = q3 // 3
-    fifths[:count, :width] = fours
-    for lower in (q3, q2):
-        fours *= 4
-        fours += lower
-    fours *= 4
-    fours += q1
-    fours += x
+    quotients = x // 3
+    fours = x + quotients
+    for weight in (4, 16, 64):
+        quotients //= 3
+        fours += quotients * weight
     fields[:, :width] = fours
+    fifths[:count, :width] = quotients
     # Fifths in the four bytes of a word: the product has them side by side in its upper byte.
     words = fifths[:count].view("<u4") * (1 << 24 | 1 << 18 | 1 << 12 | 1 << 6)
     words >>= 24

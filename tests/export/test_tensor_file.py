@@ -1,6 +1,8 @@
 """The safetensors container: what is written is read, and headers are not believed."""
 
+import gc
 import json
+import os
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -42,9 +44,10 @@ def test_the_package_and_we_read_alike(tmp_path: Path) -> None:
     with open_tensors(path) as file:
         assert file.metadata == {"k": "value"}
         assert list(file.places) == ["count", "empty", "größe", "brain", "half", "a", "b"]
-        for name, tensor in TENSORS.items():
-            own = file.read(name)
+        for name, own in file.read_run([*file.places]).items():
+            tensor = TENSORS[name]
             assert torch.equal(own, tensor)
+            assert own.data_ptr() % 64 == 0 or not own.numel()
             assert torch.equal(reference[name], tensor)
             assert own.dtype == tensor.dtype
 
@@ -54,7 +57,9 @@ def test_we_read_what_the_package_writes(tmp_path: Path) -> None:
     path.write_bytes(save({n: t.contiguous() for n, t in TENSORS.items()}))
     with open_tensors(path) as file:
         assert file.metadata == {}
-        assert all(torch.equal(file.read(name), TENSORS[name]) for name in TENSORS)
+        for begin in range(len(TENSORS)):
+            for name, own in file.read_run([*file.places][begin:]).items():
+                assert torch.equal(own, TENSORS[name])
 
 
 def test_a_tensor_read_into_given_memory(tmp_path: Path) -> None:
@@ -103,7 +108,7 @@ def test_headers_are_checked(tmp_path: Path, header: Any, data: bytes, message: 
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     if not message:
         with open_tensors(path) as file:
-            assert file.read("a").flatten().tolist() == list(data)
+            assert file.read_run(["a"])["a"].flatten().tolist() == list(data)
         return
     with pytest.raises(ValueError, match=message), open_tensors(path):
         pass
@@ -134,11 +139,54 @@ def test_a_file_cut_while_it_is_open(tmp_path: Path) -> None:
     path.write_bytes(written(TENSORS, {})[0])
     with open_tensors(path) as file:
         path.write_bytes(path.read_bytes()[:-3])
-        with pytest.raises(ValueError, match="ends within b"):
-            file.read("b")
+        with pytest.raises(ValueError, match="ends within its tensors"):
+            file.read("b", torch.empty(5, dtype=torch.uint8))
+        with pytest.raises(ValueError, match="ends within its tensors"):
+            file.read_run([*file.places])
 
 
 def test_dtypes_are_one_to_one() -> None:
     assert len(set(DTYPES.values())) == len(DTYPES)
     with pytest.raises(ValueError, match=r"torch\.complex64 has no place"):
         written({"a": torch.zeros(1, dtype=torch.complex64)}, {})
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 1000])
+def test_runs_are_read_however_little_comes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Systems may return fewer bytes than were asked for, and take so many places at a time."""
+    whole, path = os.preadv, tmp_path / "t.safetensors"
+
+    def short(descriptor: int, views: list[memoryview], position: int) -> int:
+        assert len(views) <= 2
+        return whole(descriptor, [views[0][:at_once]], position)
+
+    monkeypatch.setattr("dit_qat.export.tensor_file._MOST_VIEWS", 2)
+    monkeypatch.setattr(os, "preadv", short)
+    path.write_bytes(written(TENSORS, {})[0])
+    with open_tensors(path) as file:
+        for name, own in file.read_run([*file.places]).items():
+            assert torch.equal(own, TENSORS[name])
+
+
+def test_systems_without_such_requests_read_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "preadv")
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(written(TENSORS, {})[0])
+    with open_tensors(path) as file:
+        for name, own in file.read_run([*file.places]).items():
+            assert torch.equal(own, TENSORS[name])
+
+
+def test_memory_of_a_run_lives_as_long_as_its_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(written(TENSORS, {})[0])
+    with open_tensors(path) as file:
+        last = file.read_run([*file.places])["b"]
+    gc.collect()
+    torch.full((10_000,), 7.0)
+    assert torch.equal(last, TENSORS["b"])
+    assert last.untyped_storage().nbytes() == last.nbytes

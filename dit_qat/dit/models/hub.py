@@ -218,14 +218,16 @@ def _make_repository(api: HfApi, repo_id: str, private: bool, revision: str | No
 
 
 def _packed_card(manifest: Manifest, name: str, license: str | None) -> str:
-    found = sorted({32 if bits is None else bits for bits in manifest.activation_bits.values()})
+    found = {*manifest.activation_bits.values()}
+    inputs = [f"{bits:.3g} bits" for bits in sorted(bits for bits in found if bits is not None)]
+    inputs += ["float"] if None in found else []
     weights = sorted({entry.weights for entry in manifest.layers.values()})
     return _PACKED_CARD.format(
         license="" if license is None else f"license: {license}\n",
         name=name,
         architecture=manifest.architecture,
         bits=f"{len(manifest.layers)} linear layers with {' and '.join(weights)} weights, "
-        f"inputs of {', '.join(f'{bits:.3g}' for bits in found)} bits",
+        f"inputs of {', '.join(inputs)}",
     )
 
 

@@ -15,6 +15,7 @@ from dit_qat.export.loader import load_quantized
 from dit_qat.export.manifest import (
     CONFIG_FILE,
     FORMAT,
+    QUANT_METHOD,
     TENSOR_FILE,
     is_packed_folder,
     read_manifest,
@@ -76,7 +77,8 @@ def _holds_packed(path: Path) -> bool:
     """Whether a tensor file says that it is of a packed folder."""
     try:
         with open_tensors(path) as file:
-            return file.metadata.get("format") == FORMAT
+            ours, theirs = (file.metadata.get(key) for key in ("format", "quant_method"))
+            return ours == FORMAT or theirs == QUANT_METHOD  # the latter within transformers' own
     except ValueError:
         return False
 

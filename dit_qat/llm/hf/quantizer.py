@@ -3,6 +3,7 @@
 Only what loads with transformers imports this module.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,21 @@ from dit_qat.export.digests import digest_for, digest_of
 from dit_qat.export.entry import owned
 from dit_qat.export.loader import check_header
 from dit_qat.export.manifest import (
+    CARRIER,
+    CONFIG_FILE,
     QUANT_METHOD,
     VERSIONS,
     Manifest,
     TensorEntry,
     carried_digest,
+    check_arguments,
     file_header,
     manifest_of,
 )
 from dit_qat.export.packers import PACKERS, PackOptions, quantized_layers
 from dit_qat.export.skeleton import add_biases, swap_linears
 from dit_qat.export.tensor_file import dtype_name, open_tensors
-from dit_qat.llm.packed import tied_names
+from dit_qat.llm.packed import plain_config, tied_names
 
 __all__ = ["PackedConfig", "PackedQuantizer"]
 
@@ -76,6 +80,8 @@ class PackedQuantizer(HfQuantizer):
         expected = file_header(manifest, carried_digest(self.quantization_config.to_dict()))
         for path in checkpoint_files or ():
             _check_file(Path(path), expected)
+        for config in {Path(path).parent / CONFIG_FILE for path in checkpoint_files or ()}:
+            _check_config(config)
         swap_linears(model, manifest.layers)
         add_biases(model, manifest.tensors)
         # Markers are no tensors, which transformers takes all of a state dict for.
@@ -109,7 +115,7 @@ class PackedQuantizer(HfQuantizer):
         tied = tied_names(model)
         manifest = Manifest(
             old.architecture,
-            {},
+            plain_config(model),
             {n: PACKERS[type(m)].entry(m, _OPTIONS) for n, m in quantized_layers(model).items()},
             old.attention_bits,
             {name: _entry(tensor) for name, tensor in state.items() if name not in tied},
@@ -131,6 +137,17 @@ def _check_file(path: Path, expected: Mapping[str, str]) -> None:
     with open_tensors(path) as file:
         try:
             check_header(file.metadata, expected)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _check_config(path: Path) -> None:
+    """The file, for the configuration in memory may have been given other settings on purpose."""
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        carried = content.pop(CARRIER, {})
+        try:
+            check_arguments(carried, content)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dit_qat import load_quantized
 from dit_qat.calibration import Method
+from dit_qat.export.digests import digest_of
 from dit_qat.export.inspect import describe
-from dit_qat.export.manifest import read_manifest
+from dit_qat.export.manifest import carried_digest, read_manifest
 from dit_qat.export.sizes import measure, packed_disk
 from dit_qat.layers import CodedLinear, InputTransform, Scale
 from dit_qat.layers.rounding import nearest_layer
@@ -215,6 +216,31 @@ def _edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(content))
 
 
+def _as_version_3(folder: Path, manifest: dict[str, Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    manifest["version"] = 3
+    del manifest["arguments_sha256"]
+    for name, entry in manifest["tensors"].items():
+        del entry["xxh3_128"]
+        entry["sha256"] = digest_of(tensors[name], "sha256")
+
+
+def _sign(folder: Path) -> None:
+    """Enter the digests of what config.json says now, as a forger would."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    carried = content.pop("quantization_config")
+    if carried["version"] == 4:
+        rest = {k: v for k, v in content.items() if k != "transformers_version"}
+        carried["arguments_sha256"] = carried_digest(rest)
+    path.write_text(json.dumps({**content, "quantization_config": carried}))
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    metadata |= {"manifest_sha256": carried_digest(carried), "version": str(carried["version"])}
+    save_file(load_file(file), file, metadata=metadata)
+
+
 def _retensor(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -295,8 +321,50 @@ def test_our_loader_refuses_other_arguments(
 ) -> None:
     save_quantized(quantized(), tmp_path / "m", windows)
     _edit(tmp_path / "m", change)
+    with pytest.raises(ValueError, match="outside quantization_config was damaged or changed"):
+        load_quantized(tmp_path / "m")
+    _sign(tmp_path / "m")
     with pytest.raises(ValueError, match=match):
         load_quantized(tmp_path / "m")
+
+
+def test_a_changed_setting_of_the_model_is_refused_by_both_loaders(
+    quantized: Callable[..., Any], windows: Tensor, tmp_path: Path
+) -> None:
+    """It changes no shape, and every logit."""
+    model = quantized()
+    save_quantized(model, tmp_path / "ours", windows)
+    model.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path / "ours", tmp_path / "theirs"):
+        _edit(folder, lambda content: content.update(transformers_version="0.0.0"))
+        assert torch.equal(_logits(load_quantized(folder), windows), _logits(model, windows))
+        _edit(folder, lambda content: content.update(rms_norm_eps=0.1))
+        for load in (AutoModelForCausalLM.from_pretrained, load_quantized):
+            with pytest.raises(ValueError, match="outside quantization_config was damaged"):
+                load(folder)
+
+
+def test_a_setting_given_to_transformers_is_another_matter(
+    quantized: Callable[..., Any], windows: Tensor, tmp_path: Path
+) -> None:
+    save_quantized(quantized(), tmp_path / "m", windows)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "m", rms_norm_eps=0.1)
+    assert found.config.rms_norm_eps == 0.1
+    found.save_pretrained(tmp_path / "again")
+    again = load_quantized(tmp_path / "again")
+    assert torch.equal(_logits(again, windows), _logits(found, windows))
+
+
+def test_version_3_did_not_cover_the_rest(
+    quantized: Callable[..., Any], windows: Tensor, tmp_path: Path
+) -> None:
+    model = quantized()
+    save_quantized(model, tmp_path / "m", windows)
+    _edit(tmp_path / "m", _quantization(lambda q: _as_version_3(tmp_path / "m", q)))
+    _sign(tmp_path / "m")
+    assert read_manifest(tmp_path / "m").version == 3
+    for load in (AutoModelForCausalLM.from_pretrained, load_quantized):
+        assert torch.equal(_logits(load(tmp_path / "m"), windows), _logits(model, windows))
 
 
 def test_a_folder_in_use_is_left_alone(
