@@ -37,7 +37,7 @@ from dit_qat.layers import follow_timesteps_
 __all__ = ["check_header", "load_quantized"]
 
 _MOST_THREADS = 4
-_RUN = 4 << 20  # bytes
+_RUN, _ALONE = 4 << 20, 1 << 20  # bytes
 _INDEX = f"{TENSOR_FILE}.index.json"  # of transformers, beside shards
 
 
@@ -67,8 +67,7 @@ def load_quantized(folder: Path | str, device: torch.device | str = "cpu") -> nn
         try:
             check_header(file.metadata, file_header(manifest, digest))
             check_names("the file", file.places, manifest.tensors, "config.json lists")
-            with ThreadPoolExecutor(1) as disk:  # which works during the build
-                disk.submit(file.fetch)
+            with file.fetched_meanwhile():
                 model = _built(manifest, file.places)
             _fill(model, file, manifest, device)
             finished = _finished(model, manifest)
@@ -149,20 +148,20 @@ def _loading(file: TensorFile, manifest: Manifest) -> Iterator[tuple[str, Tensor
 
 
 def _runs(file: TensorFile, manifest: Manifest) -> Iterator[list[str]]:
-    """What a thread takes at a time: one tensor that takes another form, or several others.
+    """What a thread takes at a time: a tensor that is large or takes another form, or small ones.
 
-    A few megabytes of small ones, for threads take turns at the Python in between.
+    Of these a few megabytes, for threads take turns at the Python in between.
     """
     run: list[str] = []
     for name, place in file.places.items():
-        passes = _passes(name, manifest)
-        if run and (passes or place.end - file.places[run[0]].begin > _RUN):
+        alone = place.end - place.begin > _ALONE or _passes(name, manifest)
+        if run and (alone or place.end - file.places[run[0]].begin > _RUN):
             yield run
             run = []
-        run.append(name)
-        if passes:
-            yield run
-            run = []
+        if alone:
+            yield [name]
+        else:
+            run.append(name)
     if run:
         yield run
 

@@ -7,12 +7,13 @@ sizes comes first and every tensor goes to its place as soon as it is computed.
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import FileIO
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -195,12 +196,25 @@ class TensorFile:
             self._file.seek(position)
             return self._file.readinto(views[0])
 
-    def fetch(self) -> None:
-        """Have the system bring the whole file into its cache meanwhile, where it knows how to."""
+    @contextmanager
+    def fetched_meanwhile(self) -> Iterator[None]:
+        """Have the system bring the file into its cache during the block, where it knows how to."""
+        stop = Event()
+        with ThreadPoolExecutor(1) as disk:
+            fetching = disk.submit(self._fetch, stop)
+            try:
+                yield
+            finally:
+                stop.set()
+        fetching.result()
+
+    def _fetch(self, stop: Event) -> None:
         if hasattr(os, "posix_fadvise"):
             size = os.fstat(self._file.fileno()).st_size
             with suppress(OSError):  # a hint, which some file systems do not take
                 for begin in range(0, size, _AHEAD):
+                    if stop.is_set():
+                        return
                     os.posix_fadvise(self._file.fileno(), begin, _AHEAD, os.POSIX_FADV_WILLNEED)
 
 

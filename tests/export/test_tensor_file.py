@@ -65,8 +65,7 @@ def test_we_read_what_the_package_writes(tmp_path: Path) -> None:
 def test_a_tensor_read_into_given_memory(tmp_path: Path) -> None:
     path, room = tmp_path / "t.safetensors", torch.full((99,), 7, dtype=torch.uint8)
     path.write_bytes(written(TENSORS, {})[0])
-    with open_tensors(path) as file:
-        file.fetch()
+    with open_tensors(path) as file, file.fetched_meanwhile():
         for name in ("größe", "b", "empty"):
             tensor = file.read(name, room)
             assert torch.equal(tensor, TENSORS[name])
