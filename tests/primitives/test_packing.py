@@ -124,7 +124,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pack_base3(codes), pack_ternary(codes), pack_int(codes, 3)
     counts = count_ternary(whole[1], 37)
     monkeypatch.setattr(packing, "_CHUNK", 64)
-    monkeypatch.setattr(packing, "_CACHED", 64)
+    monkeypatch.setattr(packing, "_AT_ONCE", 64)
     for one, other in zip(
         whole, (pack_base3(codes), pack_ternary(codes), pack_int(codes, 3)), strict=True
     ):
