@@ -71,7 +71,7 @@ def test_a_packed_transformer_gives_the_same_bits(
     assert packed.agreement.layers.keys() == packed.manifest.layers.keys()
     assert packed.bytes == sum(path.stat().st_size for path in (tmp_path / "m").iterdir())
     manifest = read_manifest(tmp_path / "m")
-    assert (manifest.version, manifest.architecture) == (2, "diffusers")
+    assert (manifest.version, manifest.architecture) == (4, "diffusers")
     loaded = load_quantized(tmp_path / "m")
     assert type(loaded) is type(model)
     assert architecture_of(loaded).describe(loaded) == manifest.arguments
